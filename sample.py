@@ -1,7 +1,7 @@
 """Sampling: ODE (Euler, Heun) and SDE (Euler-Maruyama) with classifier-free guidance; writes samples.npz and grid.png.
 
     python sample.py --ckpt out/stage2/ckpt.pt --num 100 --cfg 2
-    torchrun --nproc_per_node=8 sample.py --ckpt out/stage2/ckpt.pt --num 50000 --mode sde --steps 250 --cfg 1.9 --guidance-high 0.65
+    torchrun --nproc_per_node=8 sample.py --num-images 50000 --cfg 1.9 --guidance-high 0.65   # torchrun claims --num
 
 Image i depends on (--seed, i) alone, not on the batch size or the number of processes. The same command again continues.
 """
@@ -93,7 +93,7 @@ def main():
     p.add_argument("--model", help="size of a foreign checkpoint, such as SiT-XL/2; only checked, the file tells it")
     p.add_argument("--weights", choices=["ema", "model"], default="ema", help="which weights of the checkpoint (default: ema)")
     p.add_argument("--vae", metavar="FILE", help="VAE to decode with (default: the one that made the training latents)")
-    p.add_argument("--num", type=int, default=100, help="images in all (default: %(default)s; the paper: 50000)")
+    p.add_argument("--num", "--num-images", type=int, default=100, help="images in all (default: %(default)s; the paper: 50000)")
     p.add_argument("--classes", help="comma-separated labels to cycle through (default: all classes in turn)")
     p.add_argument("--mode", choices=["euler", "heun", "sde"], default="sde", help="sampler (default: sde, Euler-Maruyama)")
     p.add_argument("--steps", type=int, default=250, help="grid steps from t = 1 to 0 (default: 250; Heun runs two evaluations each)")
@@ -136,7 +136,7 @@ def main():
                                                   "guidance_low", "guidance_high", "seed")}
     recipe.update(step=file.get("step"), bytes=Path(args.ckpt).stat().st_size, modified=Path(args.ckpt).stat().st_mtime_ns)
     tag = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-    part = lambda first: out / f"part-{tag}-{first:07d}.npz"
+    part = lambda first: out / f"part-{tag}-{args.batch_size}-{first:07d}.npz"
     try:
         done = np.load(out / "samples.npz")["tag"].item() == tag
     except (OSError, KeyError, ValueError):
@@ -176,8 +176,8 @@ def main():
             grid(shown, min(len(shown), len(labels) if len(labels) in range(4, 17) else 10)).save(f, format="PNG")
         with atomic_write(out / "samples.npz") as f:
             np.savez(f, arr_0=images, labels=np.concatenate([p["labels"] for p in parts]), tag=np.array(tag))
-        for first in firsts:
-            part(first).unlink()
+        for leftover in out.glob("part-*.npz"):
+            leftover.unlink()
         print(f"{out}/samples.npz: {len(images)} images of {images.shape[1]} px; look at {out}/grid.png")
 
 

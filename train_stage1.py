@@ -168,14 +168,15 @@ def train(args, tap, make_projector, make_target, weight, until, aux_name):
     start, sums = 0, torch.zeros(4, dtype=torch.float64, device=device)  # L_diff, L_aux, gradient norm, steps since a log line
 
     # ---- continue where the last checkpoint stands
+    args.stage = aux_name  # so that one stage never continues the other's run
     settings = {key: value for key, value in vars(args).items() if key not in FREE_TO_CHANGE}
     if checkpoint.exists():
         saved = load_file(checkpoint)
         if saved.get("format") != FORMAT:
             raise UserError(f"{checkpoint}: format {saved.get('format')}, this program continues {FORMAT}; choose another --out")
         old = {key: value for key, value in saved["args"].items() if key not in FREE_TO_CHANGE}
-        changed = [f"--{key.replace('_', '-')} {old.get(key)} -> {settings.get(key)}" for key in sorted(old.keys() | settings.keys())
-                   if old.get(key) != settings.get(key)] + ["--data (other latents)"] * (saved["meta"] != meta)
+        changed = [f"--{key.replace('_', '-')} {old[key]} -> {settings[key]}" for key in sorted(old.keys() & settings.keys())
+                   if old[key] != settings[key]] + ["--data (other latents)"] * (saved["meta"] != meta)
         if changed:
             raise UserError(f"{checkpoint}: was trained with other arguments: {', '.join(changed)}; "
                             "give the same ones to continue it, or choose another --out")

@@ -231,8 +231,12 @@ def train_small_vae(images, factor, steps, seed, device):
     """
     torch.manual_seed(seed)
     vae = AutoencoderKL({2: (16, 32), 4: (16, 32, 64)}[factor], layers=1).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=4e-3, weight_decay=0, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.1)
+    for module in vae.modules():  # every residual branch starts at zero: at first the net is nearly linear, and learns fast
+        if isinstance(module, ResnetBlock):
+            nn.init.zeros_(module.conv2.weight)
+    vae.quant_conv.bias.data[vae.latent_channels:] = -5.0  # a narrow posterior, not one that drowns the code
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     start = time.time()
     for step in range(1, steps + 1):
         batch = torch.from_numpy(images[torch.randint(len(images), (16,)).numpy()]).to(device)
@@ -516,9 +520,9 @@ def main():
     p.add_argument("--images", metavar="DIR", help="with --dataset folder: DIR/<class>/*.jpg")
     p.add_argument("--out", default="data/imagenet256", metavar="DIR", help="the latent folder to make (default: %(default)s)")
     p.add_argument("--image-size", type=int, help="side in pixels after the centre crop (default: 256 for folder, else 32)")
-    p.add_argument("--num", type=int, default=10000, help="with --dataset shapes: how many to draw (default: %(default)s)")
+    p.add_argument("--num", "--num-images", type=int, default=10000, help="with --dataset shapes: how many to draw (default: %(default)s)")
     p.add_argument("--vae", metavar="FILE", help="weights of Stable Diffusion's VAE; without it a small VAE is trained here")
-    p.add_argument("--vae-factor", type=int, choices=[2, 4], default=2, help="the small VAE's downsampling (default: 2)")
+    p.add_argument("--vae-factor", type=int, choices=[2, 4], default=4, help="the small VAE's downsampling (default: 4)")
     p.add_argument("--vae-steps", type=int, default=1000, help="the small VAE's steps of 16 images (default: %(default)s)")
     p.add_argument("--batch-size", type=int, default=64, help="images encoded at once (default: %(default)s)")
     p.add_argument("--workers", type=int, help="decoding processes per process (default: 8 or fewer on CUDA, else 0)")

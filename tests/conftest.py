@@ -49,7 +49,7 @@ def write_folder(path, num=48, classes=10, shape=(4, 16, 16), seed=0):
 def latents(tmp_path_factory):
     """A real latent folder: 60 drawn shapes, a small VAE of 20 steps."""
     folder = tmp_path_factory.mktemp("latents") / "shapes"
-    ok("vae_latents.py", "--dataset", "shapes", "--num", 60, "--vae-steps", 20, "--batch-size", 16, "--out", folder, "--device", "cpu")
+    ok("vae_latents.py", "--dataset", "shapes", "--num", 60, "--vae-factor", 2, "--vae-steps", 20, "--batch-size", 16, "--out", folder, "--device", "cpu")
     return folder
 
 
