@@ -292,6 +292,9 @@ def describe(path, network, args, limit=None):
     if batches is not None:
         statistics, spatial, features, probs = Statistics(), Statistics(), [], []
         for images in batches:
+            images = images[:args.num - statistics.count if args.num else None]
+            if len(images) == 0:
+                break
             side["size"] = images.shape[1:3]
             f, s, p = network(torch.from_numpy(images.copy()).to(device).permute(0, 3, 1, 2))
             statistics.update(f)
@@ -317,6 +320,7 @@ def main():
     p.add_argument("reference", nargs="?", help="what to judge by, likewise; without it, only the Inception score")
     p.add_argument("--weights", help='Inception weights: a file, or "random" (default: the public file, downloaded once)')
     p.add_argument("--image-size", type=int, help="centre-crop images in folders to this side (default: as they are)")
+    p.add_argument("--num", type=int, help="look at the first so many images of each side only (default: all)")
     p.add_argument("--batch-size", type=int, default=64, help="images at once (default: %(default)s)")
     p.add_argument("--save-stats", metavar="FILE", help="save the samples' mu, sigma, mu_s, sigma_s as .npz, to use as a reference")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there)")

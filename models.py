@@ -324,9 +324,7 @@ def load_file(path):
         raise UserError(f"{path}: reading it needs `pip install safetensors`")
     except Exception as error:  # truncated zip, no zip, unsafe pickle, bad header: torch raises a different type for each
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        unsafe = "WeightsUnpickler" in str(error) or "weights_only" in str(error).lower()
-        raise UserError(f"{path}: " + ("holds more than tensors and plain Python, so it was not opened" if unsafe else
-                                       f"cannot be read, perhaps cut short ({reason[:120]})"))
+        raise UserError(f"{path}: cannot be read: damaged, or more than tensors and plain Python, which is never run ({reason[:80]})")
     if not isinstance(file, dict):
         raise UserError(f"{path}: holds a {type(file).__name__}, not a dictionary of tensors")
     return file
