@@ -7,7 +7,7 @@ sigma_s, as ADM publishes them and --save-stats writes them), or a latent folder
 Prints a table, then the same as one line of JSON. This file imports none of the others.
 
 Sources: FID (Heusel et al. 2017), sFID (Nash et al. 2021), IS (Salimans et al. 2016), precision and recall (Kynkaanniemi
-et al. 2019), and the conventions of ADM's evaluator (Dhariwal & Nichol 2021), which every ImageNet table is made with.
+et al. 2019); the conventions are those of ADM's evaluator (Dhariwal & Nichol 2021), which ImageNet tables are made with.
 """
 import argparse
 import json

@@ -1,10 +1,7 @@
-"""The network: SiT, a diffusion transformer with DiT's adaLN-Zero blocks, predicting a velocity in VAE latent space.
+"""SiT: a diffusion transformer with DiT's adaLN-Zero blocks that predicts a velocity in VAE latent space. Read this first.
 
-Read this file first. Top to bottom: the named sizes, the embedders, the block, the model, the projector that the two
-auxiliary losses use, then how a model is built and loaded, and last the few lines that every script here shares.
-
-Sources: DiT (Peebles & Xie 2023, arXiv 2212.09748), SiT (Ma et al. 2024, arXiv 2401.08740), REPA (Yu et al. 2025,
-arXiv 2410.06940). Names in the state dict are theirs, so their checkpoints load here.
+Sources: DiT (Peebles & Xie 2023, arXiv 2212.09748), SiT (Ma et al. 2024, arXiv 2401.08740), REPA (Yu et al. 2025, arXiv
+2410.06940). Names in the state dict are theirs, so their checkpoints load here. The end of the file is what every script shares.
 """
 import argparse
 import contextlib
@@ -17,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # name -> depth, width D, attention heads, patch side in latent pixels (DiT, table 1; Ti is ours, for CPUs)
 SIZES = {f"SiT-{size}/{patch}": (*dims, patch)
@@ -74,8 +72,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = (nn.LayerNorm(width // heads) if qk_norm else nn.Identity() for _ in range(2))
         self.proj = nn.Linear(width, width)
 
     def forward(self, x):
@@ -165,8 +162,7 @@ class SiT(nn.Module):
         nn.init.zeros_(self.x_embedder.proj.bias)
         for embedding in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(embedding.weight, std=0.02)
-        modulations = [block.adaLN_modulation[1] for block in self.blocks] + [self.final_layer.adaLN_modulation[1]]
-        for layer in modulations + [self.final_layer.linear]:
+        for layer in (*(b.adaLN_modulation[1] for b in (*self.blocks, self.final_layer)), self.final_layer.linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -182,12 +178,8 @@ class SiT(nn.Module):
         h, c = self.embed(x, t, y)
         tapped = None
         for depth, block in enumerate(self.blocks, 1):
-            if self.grad_checkpoint and self.training:
-                h = torch.utils.checkpoint.checkpoint(block, h, c, use_reentrant=False)
-            else:
-                h = block(h, c)
-            if depth == tap:
-                tapped = h
+            h = checkpoint(block, h, c, use_reentrant=False) if self.grad_checkpoint and self.training else block(h, c)
+            tapped = h if depth == tap else tapped
         return unpatchify(self.final_layer(h, c), self.patch, self.in_channels), tapped
 
     def forward_flops(self):
@@ -260,11 +252,10 @@ def load_checkpoint(path, name=None, weights="ema"):
         classes = state["y_embedder.embedding_table.weight"].shape[0] - 1
     except (KeyError, ValueError) as error:
         raise UserError(f"{path}: not a checkpoint of a SiT ({error} is missing)")
-    found = [key for key, (d, w, _, p) in SIZES.items() if (d, w, p) == (depth, width, patch)]
-    if not found or (name and name not in found):
-        raise UserError(f"{path}: holds {found[0] if found else f'depth {depth}, width {width}, patch {patch}'}, "
-                        f"not {f'--model {name}' if name else 'a size that is known here'}")
-    model = build(found[0], side, channels, classes, qk_norm="blocks.0.attn.q_norm.weight" in state)
+    size = next((key for key, (d, w, _, p) in SIZES.items() if (d, w, p) == (depth, width, patch)), None)
+    if size is None or name not in (None, size):
+        raise UserError(f"{path}: holds {size or f'depth {depth}, width {width}, patch {patch}'}, not --model {name or 'of any size here'}")
+    model = build(size, side, channels, classes, qk_norm="blocks.0.attn.q_norm.weight" in state)
     load_state(model, state, path)
     return model.eval(), file
 
@@ -316,13 +307,11 @@ def load_file(path):
         raise UserError(f"{path}: {'is a directory, not a file' if path.is_dir() else 'no such file'}")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file as load_safetensors
-            return load_safetensors(path)
+            from safetensors import torch as safetensors
+            return safetensors.load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             file = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise UserError(f"{path}: reading it needs `pip install safetensors`")
-    except Exception as error:  # truncated zip, no zip, unsafe pickle, bad header: torch raises a different type for each
+    except Exception as error:  # no zip, half a zip, unsafe pickle, no safetensors installed: each raises another type
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(f"{path}: cannot be read: damaged, or more than tensors and plain Python, which is never run ({reason[:80]})")
     if not isinstance(file, dict):
@@ -362,7 +351,7 @@ def setup(device="auto"):
         raise UserError(f"--device {device}: no such device; give cpu, cuda or cuda:N")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # bf16 does the work; TF32 the rest
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # for what autocast leaves in float32
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device, *((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1))

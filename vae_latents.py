@@ -71,38 +71,33 @@ class MidBlock(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
+class Downsample(nn.Conv2d):
     def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # padded on the right and below only, as the published weights expect
+        return super().forward(F.pad(x, (0, 1, 0, 1)))  # padded right and below only, as the published weights expect
 
 
-class Upsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
+class Upsample(nn.Conv2d):
     def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Stage(nn.Module):
-    """The residual blocks of one resolution, then a change of resolution (`scaler`) unless it is the last."""
+    """The residual blocks of one resolution, then, but for the last, half or twice the resolution (`scaler`)."""
 
-    def __init__(self, in_channels, out_channels, layers, groups, scaler=None):
+    def __init__(self, in_channels, out_channels, layers, groups, scaler):
         super().__init__()
         widths = [in_channels] + [out_channels] * layers
         self.resnets = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:]))
-        if scaler:
-            self.add_module("downsamplers" if scaler is Downsample else "upsamplers", nn.ModuleList([scaler(out_channels)]))
+        if scaler == "down":
+            self.downsamplers = nn.ModuleList([nn.ModuleDict({"conv": Downsample(out_channels, out_channels, 3, stride=2)})])
+        if scaler == "up":
+            self.upsamplers = nn.ModuleList([nn.ModuleDict({"conv": Upsample(out_channels, out_channels, 3, padding=1)})])
 
     def forward(self, x):
-        for child in self.children():
-            for layer in child:
-                x = layer(x)
+        for block in self.resnets:
+            x = block(x)
+        for scaler in (*getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())):
+            x = scaler["conv"](x)
         return x
 
 
@@ -110,7 +105,7 @@ class Encoder(nn.Module):
     def __init__(self, channels, latent_channels, layers, groups):
         super().__init__()
         self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
-        scalers = [Downsample] * (len(channels) - 1) + [None]
+        scalers = ["down"] * (len(channels) - 1) + [None]
         self.down_blocks = nn.ModuleList(Stage(a, b, layers, groups, scaler)
                                          for a, b, scaler in zip(channels[:1] + channels, channels, scalers))
         self.mid_block = MidBlock(channels[-1], groups)
@@ -130,7 +125,7 @@ class Decoder(nn.Module):
         channels = channels[::-1]
         self.conv_in = nn.Conv2d(latent_channels, channels[0], 3, padding=1)
         self.mid_block = MidBlock(channels[0], groups)
-        scalers = [Upsample] * (len(channels) - 1) + [None]
+        scalers = ["up"] * (len(channels) - 1) + [None]
         self.up_blocks = nn.ModuleList(Stage(a, b, layers + 1, groups, scaler)
                                        for a, b, scaler in zip(channels[:1] + channels, channels, scalers))
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
@@ -343,8 +338,7 @@ class CIFAR10:
         try:
             data = Download("data", train=True, download=True)
         except Exception as error:
-            raise UserError(f"--dataset cifar10: the download failed ({error}); with the images in folders by class, "
-                            "use --dataset folder --images DIR --image-size 32")
+            raise UserError(f"--dataset cifar10: no download ({error}); with images at hand: --dataset folder --images DIR --image-size 32")
         self.size, self.data, self.names, self.labels = size, data.data, data.classes, np.array(data.targets)
 
     def load(self, index):
@@ -400,8 +394,7 @@ class LatentFolder:
         if not (path / "meta.json").is_file():
             if (path / "plan.json").is_file():
                 raise UserError(f"{path}: its encoding was cut off; run the same vae_latents.py command again to finish it")
-            raise UserError(f"{path}: no latents there; make them with: python vae_latents.py --dataset shapes --out {path} "
-                            "(or --dataset folder --images DIR)")
+            raise UserError(f"{path}: no latents there; make them: python vae_latents.py --dataset shapes --out {path} (or --images DIR)")
         try:
             self.meta = json.loads((path / "meta.json").read_text())
             if self.meta["format"] != FORMAT:
@@ -414,11 +407,10 @@ class LatentFolder:
         if self.labels.shape != (N,):
             raise UserError(f"{path}/labels.npy: {len(self.labels)} labels for {N} images; encode it again")
         if self.moments.shape != (N, *shape) or self.moments.dtype != np.float16:
-            raise UserError(f"{path}/moments.npy: {self.moments.dtype} {self.moments.shape}, meta.json promises "
-                            f"float16 {(N, *shape)}; encode it again")
-        if self.labels.min() < 0 or self.labels.max() >= len(self.meta["classes"]):
-            raise UserError(f"{path}/labels.npy: labels from {self.labels.min()} to {self.labels.max()}, but there are "
-                            f"{len(self.meta['classes'])} classes")
+            raise UserError(f"{path}/moments.npy: is {self.moments.dtype} {self.moments.shape}, not float16 {(N, *shape)}; encode it again")
+        low, high, classes = self.labels.min(), self.labels.max(), len(self.meta["classes"])
+        if low < 0 or high >= classes:
+            raise UserError(f"{path}/labels.npy: labels from {low} to {high}, but there are {classes} classes; encode it again")
         for row in range(0, N, max(1, N // 4096)):  # every row of a small folder, 4096 of a large one
             if not np.isfinite(self.moments[row]).all():
                 raise UserError(f"{path}/moments.npy: image {row} holds NaN or infinity; encode it again")
@@ -441,12 +433,14 @@ def encode_folder(source, vae, plan, args, device, rank, world):
     """
     out, N, size, batch = Path(args.out), len(source.labels), args.image_size, args.batch_size
     side = size // 2 ** (len(vae.channels) - 1)
-    arrays = {"moments": ((N, 2 * vae.latent_channels, side, side), np.float16), "status": ((N,), np.uint8)}
-    if size <= 64:
-        arrays["images"] = ((N, size, size, 3), np.uint8)
-    if rank == 0 and not (out / "status.part.npy").exists():
-        for name, (shape, dtype) in arrays.items():  # status last: where it exists, the others do
-            np.lib.format.open_memmap(out / f"{name}.tmp.npy", mode="w+", dtype=dtype, shape=shape).flush()
+    arrays = {"moments": ((N, 2 * vae.latent_channels, side, side), np.float16),
+              **({"images": ((N, size, size, 3), np.uint8)} if size <= 64 else {}), "status": ((N,), np.uint8)}
+    create = lambda name, shape: np.lib.format.open_memmap(out / f"{name}.tmp.npy", mode="w+", dtype=arrays[name][1], shape=shape)
+    for name in arrays if rank == 0 else ():  # status last: where it exists, the others do
+        if (out / f"{name}.npy").exists() and not (out / f"{name}.part.npy").exists():
+            os.replace(out / f"{name}.npy", out / f"{name}.part.npy")  # killed while the last lines below were at work
+        if not (out / f"{name}.part.npy").exists():
+            create(name, arrays[name][0]).flush()
             os.replace(out / f"{name}.tmp.npy", out / f"{name}.part.npy")
     if world > 1:
         dist.barrier()
@@ -454,56 +448,50 @@ def encode_folder(source, vae, plan, args, device, rank, world):
     todo = [chunk for number, chunk in enumerate(np.split(np.arange(N), range(batch, N, batch)))
             if number % world == rank and (maps["status"][chunk] != 1).any()]
     workers = args.workers if args.workers is not None else (min(8, os.cpu_count() // world) if device.type == "cuda" else 0)
-    loader = torch.utils.data.DataLoader(Decoding(source), batch_sampler=todo, num_workers=workers, collate_fn=list,
-                                         pin_memory=False)
-    bad, done, start, shown = [], 0, time.time(), 0.0
+    loader = torch.utils.data.DataLoader(Decoding(source), batch_sampler=todo, num_workers=workers, collate_fn=list)
+    bad, done, total, start, shown = [], 0, sum(map(len, todo)), time.time(), 0.0
     vae = vae.to(device, memory_format=torch.channels_last)
     for items in loader:
-        bad += [(index, why) for index, image, why in items if image is None]
         rows = np.array([index for index, _, _ in items])
         images = np.stack([np.zeros((size, size, 3), np.uint8) if image is None else image for _, image, _ in items])
         pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             moments = torch.cat(vae.encode(pixels.contiguous(memory_format=torch.channels_last)), dim=1)
-        if not torch.isfinite(moments.half()).all():
-            raise UserError(f"--vae: gives NaN or numbers beyond float16 for images {rows[0]} to {rows[-1]}")
-        maps["moments"][rows] = moments.half().cpu().numpy()
+        moments = moments.half().cpu()
+        finite = moments.isfinite().flatten(1).all(dim=1).tolist()
+        wrong = [(index, why or "its latent is not finite") for (index, _, why), fine in zip(items, finite) if why or not fine]
+        bad += wrong
+        maps["moments"][rows] = moments.numpy()
         if "images" in maps:
             maps["images"][rows] = images
-            maps["images"].flush()
-        maps["moments"].flush()
-        maps["status"][rows] = [2 if image is None else 1 for _, image, _ in items]
+        for array in maps.values():
+            array.flush()
+        maps["status"][rows] = 1 + np.isin(rows, [index for index, _ in wrong])
         done += len(items)
-        if rank == 0 and (time.time() - shown > 5 or done == sum(map(len, todo))):
+        if rank == 0 and (time.time() - shown > 5 or done == total):
             shown, rate = time.time(), done / (time.time() - start)
-            print(f"encoded {done}/{sum(map(len, todo))}  {rate * world:.0f} images/s  "
-                  f"{(sum(map(len, todo)) - done) / rate:.0f} s left", flush=True)
+            print(f"encoded {done * world}/{total * world}  {rate * world:.0f} images/s  {(total - done) / rate:.0f} s left", flush=True)
     maps["status"].flush()
     everyone = [bad]
     if world > 1:
         everyone = [None] * world
         dist.all_gather_object(everyone, bad)
     bad = sorted(item for items in everyone for item in items)
-    name = lambda index: getattr(source, "files", {index: f"image {index}"})[index]
-    if bad:
-        listed = "; ".join(f"{name(index)} ({why})" for index, why in bad[:5])
-        if not args.skip_bad:
-            raise UserError(f"{len(bad)} of {N} images cannot be read: {listed}{' ...' if len(bad) > 5 else ''}. "
-                            "Mend or remove them, or leave them out with --skip-bad, and run the same command again")
-        if rank == 0:
-            print(f"left out {len(bad)} of {N} unreadable images: {listed}{' ...' if len(bad) > 5 else ''}", flush=True)
+    listed = "; ".join(f"{getattr(source, 'files', range(N))[index]} ({why})" for index, why in bad[:5]) + (" ..." if len(bad) > 5 else "")
+    if bad and not args.skip_bad:
+        raise UserError(f"{len(bad)} of {N} images cannot be read: {listed}. Mend or remove them, or leave them out with "
+                        "--skip-bad, and run the same command again")
     if rank == 0:
+        if bad:
+            print(f"left out {len(bad)} of {N} unreadable images: {listed}", flush=True)
         keep = np.flatnonzero(maps["status"] == 1)
-        for array in [name for name in arrays if name != "status"]:
+        for name in [name for name in arrays if name != "status"]:
             if len(keep) < N:  # close the gaps
-                part = np.lib.format.open_memmap(out / f"{array}.tmp.npy", mode="w+", dtype=arrays[array][1],
-                                                 shape=(len(keep), *arrays[array][0][1:]))
+                whole = create(name, (len(keep), *arrays[name][0][1:]))
                 for rows in np.array_split(np.arange(len(keep)), 1 + len(keep) // 4096):
-                    part[rows] = maps[array][keep[rows]]
-                part.flush()
-                os.replace(out / f"{array}.tmp.npy", out / f"{array}.npy")
-            else:
-                os.replace(out / f"{array}.part.npy", out / f"{array}.npy")
+                    whole[rows] = maps[name][keep[rows]]
+                whole.flush()
+            os.replace(out / f"{name}.{'tmp' if len(keep) < N else 'part'}.npy", out / f"{name}.npy")
         with atomic_write(out / "labels.npy") as file:
             np.save(file, source.labels[keep].astype(np.int64))
         with atomic_write(out / "meta.json") as file:
