@@ -1,6 +1,6 @@
 """The teacher: the frozen stage-1 network cut at block dt, its features extrapolated as guidance extrapolates outputs.
 
-    python build_teacher.py                        # out/stage1/ckpt.pt -> out/teacher/: teacher.pt, teacher.png, probe.json
+    python build_teacher.py                   # out/stage1/ckpt.pt -> out/teacher/: teacher.pt, teacher.png, probe.json
 
     f_c = h_dt(x_t, t, label)    f_u = h_dt(x_t, t, null label)    f_g = f_u + s (f_c - f_u)
 
@@ -15,11 +15,11 @@ import torch
 import torch.nn as nn
 from PIL import Image, ImageDraw
 
-from models import DEPTHS, SIZES, Parser, SiT, UserError, atomic_write, load_checkpoint, load_file, load_state, run, setup
+from models import (DEPTHS, SIZES, Parser, SiT, UserError, atomic_write, load_checkpoint, load_file, load_state, run,
+                    setup)
 from vae_latents import LatentFolder, find_vae, to_uint8
 
 FORMAT = 1  # of teacher.pt
-
 
 class Teacher(nn.Module):
     """The embedders and blocks 1..dt of a SiT, frozen: (x_t, t, y) -> h_dt (N, T, D). Takes the SiT apart."""
@@ -38,11 +38,9 @@ class Teacher(nn.Module):
             h = block(h, c)
         return h
 
-
 @torch.no_grad()
 def guided_features(teacher, x_t, t, y, scale):
-    """f_g = f_u + s (f_c - f_u), (N, T, D) float32, for x_t (N, C, H, W), t (N,) and true labels y (N,) (paper: the teacher).
-
+    """f_g = f_u + s (f_c - f_u), (N, T, D) float32, for x_t (N, C, H, W), t (N,) and true labels y (N,).
     f_c - f_u is a small difference of large numbers and s = 30 multiplies its rounding error: bfloat16's 8 bits leave an
     error of a quarter of f_g, float16's 11 bits a thirtieth; so, float16 on CUDA, where it is as fast, else float32.
     """
@@ -51,7 +49,6 @@ def guided_features(teacher, x_t, t, y, scale):
         f = teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null])).float()
     f_cond, f_uncond = f.chunk(2)
     return f_uncond + scale * (f_cond - f_uncond)
-
 
 def load_teacher(path):
     """(Teacher, the file's dict) from a teacher.pt; UserError where it is absent, damaged or of another version."""
@@ -64,10 +61,7 @@ def load_teacher(path):
     load_state(teacher.model, file["model"], path)
     return teacher, file
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The probe and the picture
-
+# ---- The probe and the picture
 @torch.no_grad()
 def all_features(model, x_t, t, y, depths):
     """Tokens (n, T, D) after each block in `depths`: {depth: tokens}."""
@@ -79,7 +73,6 @@ def all_features(model, x_t, t, y, depths):
             features[depth] = h.float()
     return features
 
-
 def noisy(folder, rows, t, device, seed=0):
     """(x0, x_t at one t, t (n,), labels) of images `rows`, with noise that depends on the seed alone."""
     mean, std = torch.from_numpy(folder.moments[rows]).float().chunk(2, dim=1)
@@ -88,7 +81,6 @@ def noisy(folder, rows, t, device, seed=0):
     x_t = (1 - t) * x0 + t * torch.randn(mean.shape, generator=generator)
     return x0.to(device), x_t.to(device), torch.full((len(rows),), t, device=device), folder.labels[rows].to(device)
 
-
 def knn_accuracy(features, labels, k=10):
     """Share of the second half whose k nearest neighbours (cosine) in the first half vote for its label."""
     features = nn.functional.normalize(features - features.mean(dim=0), dim=1)
@@ -96,7 +88,6 @@ def knn_accuracy(features, labels, k=10):
     nearest = (features[half:] @ features[:half].T).topk(min(k, half), dim=1)[1]
     votes = nn.functional.one_hot(labels[:half][nearest], int(labels.max()) + 1).sum(dim=1)
     return (votes.argmax(dim=1) == labels[half:]).double().mean().item()
-
 
 def probe(model, folder, depths, scales, num, t, device):
     """k-NN accuracy of mean-pooled features by block: {depth: {"f_u": .., "f_c": .., "f_g 30": ..}}.
@@ -119,9 +110,8 @@ def probe(model, folder, depths, scales, num, t, device):
         table[depth] = {name: round(knn_accuracy(f, labels), 4) for name, f in features.items()}
     return table
 
-
 def pca_rgb(tokens):
-    """Tokens (n, T, D) -> (n, side, side, 3) uint8: the first three principal components over all n images, as colours."""
+    """Tokens (n, T, D) -> (n, side, side, 3) uint8: the first three principal components over all n images."""
     n, T, D = tokens.shape
     flat = tokens.reshape(n * T, D).double()
     flat = flat - flat.mean(dim=0)
@@ -129,8 +119,8 @@ def pca_rgb(tokens):
     colours = flat @ vectors[:, -3:].flip(1)
     low, high = torch.quantile(colours, torch.tensor([0.02, 0.98], dtype=colours.dtype, device=colours.device), dim=0)
     side = int(T ** 0.5)
-    return ((colours - low) / (high - low).clamp(min=1e-9) * 255).clamp(0, 255).byte().reshape(n, side, side, 3).cpu().numpy()
-
+    colours = ((colours - low) / (high - low).clamp(min=1e-9)).clamp(0, 1) * 255
+    return colours.byte().reshape(n, side, side, 3).cpu().numpy()
 
 def picture(model, folder, vae, student_depth, depth, scale, t, device, rows=8):
     """Rows = images; columns = image, noisy latent, and PCA of h_ds, f_c, f_u, f_g, as in the paper's figures."""
@@ -150,9 +140,9 @@ def picture(model, folder, vae, student_depth, depth, scale, t, device, rows=8):
     for column, (title, cells) in enumerate(columns.items()):
         ImageDraw.Draw(sheet).text((column * tile + 4, 3), title, fill="black")
         for row, cell in enumerate(cells):
-            sheet.paste(Image.fromarray(cell).resize((tile - 4, tile - 4), Image.NEAREST), (column * tile, head + row * tile))
+            cell = Image.fromarray(cell).resize((tile - 4, tile - 4), Image.NEAREST)
+            sheet.paste(cell, (column * tile, head + row * tile))
     return sheet
-
 
 def main():
     p = Parser(__doc__)
@@ -161,8 +151,8 @@ def main():
     p.add_argument("--out", default="out/teacher", metavar="DIR", help="default: %(default)s")
     p.add_argument("--teacher-depth", type=int, help="block dt (default: the paper's for the size: 19 for XL, 8 for B)")
     p.add_argument("--guide-scale", type=float, default=30.0, help="s (default: 30, the authors' script)")
-    p.add_argument("--weights", choices=["model", "ema"], default="model", help="raw weights (default, paper) or their EMA")
-    p.add_argument("--probe-num", type=int, default=2000, help="images in the k-NN probe; 0 for no probe (default: %(default)s)")
+    p.add_argument("--weights", choices=["model", "ema"], default="model", help="raw (default, paper) or EMA")
+    p.add_argument("--probe-num", type=int, default=2000, help="images in the k-NN probe, or 0 (default: 2000)")
     p.add_argument("--probe-scales", default="3,10,30", help="scales s to try (default: %(default)s)")
     p.add_argument("--t", type=float, default=0.5, help="noise level of probe and picture (default: 0.5)")
     p.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: cuda if there is one)")
@@ -178,29 +168,31 @@ def main():
     if not Path(args.ckpt).exists():
         raise UserError(f"{args.ckpt}: no such checkpoint; train stage 1 first: python train_stage1.py")
     model, file = load_checkpoint(args.ckpt, weights=args.weights)
-    name = next(key for key, size in SIZES.items() if (size[0], size[1], size[3]) == (model.depth, model.width, model.patch))
+    size = (model.depth, model.width, model.patch)
+    name = next(key for key, (d, w, _, p) in SIZES.items() if (d, w, p) == size)
     _, depth, student_depth = DEPTHS[name.split("-")[1].split("/")[0]]
     depth = depth if args.teacher_depth is None else args.teacher_depth
     if not 1 <= depth <= model.depth:
         raise UserError(f"--teacher-depth {depth}: {name} has blocks 1 to {model.depth}")
-    if file.get("args") and dict(vars(file["args"]) if not isinstance(file["args"], dict) else file["args"]).get("align_weight") == 0:
-        print(f"warning: {args.ckpt} is a vanilla run (--align-weight 0); the paper's teacher is aligned in stage 1", flush=True)
+    made_by = file.get("args") or {}
+    if (made_by if isinstance(made_by, dict) else vars(made_by)).get("align_weight") == 0:
+        print(f"warning: {args.ckpt} is a vanilla run (--align-weight 0); the paper's is aligned", flush=True)
     device, _, _ = setup(args.device)
     model, out = model.to(device), Path(args.out)
     data = args.data or (file["args"]["data"] if "meta" in file else None)
     if args.probe_num:
         if data is None:
-            raise UserError("--data: this checkpoint does not say which latents it saw; name the folder, or pass --probe-num 0")
+            raise UserError("--data: the checkpoint does not say which latents it saw; name them, or --probe-num 0")
         folder = LatentFolder(data)
         depths = sorted({*range(2, model.depth + 1, max(1, model.depth // 8)), depth, student_depth})
         table = probe(model, folder, depths, scales, min(args.probe_num, len(folder)), args.t, device)
         header = list(table[depth])
-        print(f"k-NN accuracy at t = {args.t:g} of mean-pooled features (f_c and f_g were told the label, f_u was not)\n"
+        print(f"k-NN accuracy at t = {args.t:g} of mean-pooled features; f_c and f_g were told the label, f_u was not\n"
               "block  " + "".join(f"{title:>9}" for title in header))
         for block, line in table.items():
-            print(f"{block:5}  " + "".join(f"{line[title]:9.3f}" for title in header) + ("   <- dt" if block == depth else ""))
+            print(f"{block:5}  " + "".join(f"{line[title]:9.3f}" for title in header) + "   <- dt" * (block == depth))
         with atomic_write(out / "probe.json") as f:
-            f.write(json.dumps({"t": args.t, "num": min(args.probe_num, len(folder)), "blocks": table}, indent=1).encode())
+            f.write(json.dumps({"t": args.t, "num": args.probe_num, "blocks": table}, indent=1).encode())
         vae = find_vae(None, folder.meta, data).to(device)
         with atomic_write(out / "teacher.png") as f:
             picture(model, folder, vae, student_depth, depth, args.guide_scale, args.t, device).save(f, format="PNG")
@@ -209,12 +201,11 @@ def main():
               "qk_norm": isinstance(model.blocks[0].attn.q_norm, nn.LayerNorm)}
     teacher = Teacher(model, depth)
     with atomic_write(out / "teacher.pt") as f:
-        torch.save({"format": FORMAT, "config": config, "model": {k: v.cpu() for k, v in teacher.model.state_dict().items()},
-                    "scale": args.guide_scale, "source": {"ckpt": str(args.ckpt), "weights": args.weights,
-                                                          "step": file.get("step"), "model": name}}, f)
-    print(f"{out}/teacher.pt: {name} after step {file.get('step')}, blocks 1 to {depth} of {len(table) and model.depth if args.probe_num else model.depth}, "
-          f"s = {args.guide_scale:g}" + (f"; look at {out}/teacher.png" if args.probe_num else ""))
-
+        source = {"ckpt": str(args.ckpt), "weights": args.weights, "step": file.get("step"), "model": name}
+        state = {key: value.cpu() for key, value in teacher.model.state_dict().items()}
+        torch.save({"format": FORMAT, "config": config, "model": state, "scale": args.guide_scale, "source": source}, f)
+    print(f"{out}/teacher.pt: {name} after step {file.get('step')}, blocks 1 to {depth} of {size[0]}, "
+          f"s = {args.guide_scale:g}" + f"; look at {out}/teacher.png" * bool(args.probe_num))
 
 if __name__ == "__main__":
     run(main)

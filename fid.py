@@ -2,18 +2,19 @@
 
     python fid.py SAMPLES REFERENCE
 
-Each side is a folder of images, an .npz with arr_0 (N, S, S, 3) uint8, an .npz of statistics (mu, sigma and perhaps mu_s,
-sigma_s, as ADM publishes them and --save-stats writes them), or a latent folder of vae_latents.py (its source images).
+Each side is a folder of images, an .npz with arr_0 (N, S, S, 3) uint8, an .npz of statistics (mu, sigma and perhaps
+mu_s, sigma_s, as ADM publishes them and --save-stats writes them), or a latent folder (its source images).
 Prints a table, then the same as one line of JSON. This file imports none of the others.
 
-Sources: FID (Heusel et al. 2017), sFID (Nash et al. 2021), IS (Salimans et al. 2016), precision and recall (Kynkaanniemi
-et al. 2019); the conventions are those of ADM's evaluator (Dhariwal & Nichol 2021), which ImageNet tables are made with.
+Sources: FID (Heusel et al. 2017), sFID (Nash et al. 2021), IS (Salimans et al. 2016), precision and recall
+(Kynkaanniemi et al. 2019); the conventions are those of ADM's evaluator (Dhariwal & Nichol 2021).
 """
 import argparse
 import json
 import os
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,35 +29,27 @@ WEIGHTS = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights
 SUFFIXES = torchvision.datasets.folder.IMG_EXTENSIONS
 PR_NUM = 10000  # at most so many reference images enter precision and recall: the size of ADM's reference batches
 
-
 class InputError(Exception):
     """A user's mistake: printed as one line, exit status 2."""
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The network: torchvision's Inception v3, with the three pools in which the FID graph of 2015 differs from it
-
+# ---- The network: torchvision's Inception v3, with the three pools in which the FID graph of 2015 differs from it
 def fid_pool(block, pool):
     """A torchvision Inception block whose pooling branch, the last of its branches, pools by `pool` instead."""
 
     class Block(block):
-        def _forward(self, x):  # the replaced branch is computed in vain: 4 % of the network, for five lines in place of fifty
+        def _forward(self, x):  # its own pooling branch is computed in vain: 4 % of the network saves 40 lines
             return super()._forward(x)[:-1] + [self.branch_pool(pool(x))]
 
     return Block
 
-
 def average(x):
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)  # the padding does not count
-
 
 def maximum(x):
     return F.max_pool2d(x, 3, stride=1, padding=1)
 
-
 def resize_tf1(images, size=299):
     """Bilinear resize of (N, C, H, W) floats as TensorFlow 1 did it: no half-pixel offset, no antialiasing.
-
     Output pixel i lies at i * in / out; beyond the last input pixel the last one repeats.
     """
     def taps(length):
@@ -71,19 +64,16 @@ def resize_tf1(images, size=299):
     lower = rows_bottom[..., left] + (rows_bottom[..., right] - rows_bottom[..., left]) * u
     return upper + (lower - upper) * v[:, None]
 
-
 class InceptionV3(inception.Inception3):
     """The FID Inception network; its state dict is that of pt_inception-2015-12-05.
-
-    forward: images (N, 3, H, W) in 0..255 (uint8 or float) -> (features (N, 2048), the 7 x 17 x 17 maps of sFID (N, 2023),
-    class probabilities (N, 1008) from logits without bias, as IS takes them).
+    forward: images (N, 3, H, W) in 0..255 (uint8 or float) -> (features (N, 2048), the 7 x 17 x 17 maps of sFID
+    (N, 2023), class probabilities (N, 1008) from logits without bias, as IS takes them).
     """
-
     def __init__(self):
         a, c, e = inception.InceptionA, inception.InceptionC, inception.InceptionE
         super().__init__(num_classes=1008, aux_logits=False, init_weights=False, inception_blocks=[
-            inception.BasicConv2d, fid_pool(a, average), inception.InceptionB, fid_pool(c, average), inception.InceptionD,
-            fid_pool(e, average), inception.InceptionAux])
+            inception.BasicConv2d, fid_pool(a, average), inception.InceptionB, fid_pool(c, average),
+            inception.InceptionD, fid_pool(e, average), inception.InceptionAux])
         self.Mixed_7c = fid_pool(e, maximum)(2048)  # the FID graph's last pool is a max
         self.eval()
 
@@ -96,15 +86,14 @@ class InceptionV3(inception.Inception3):
         features = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x)))).mean(dim=(2, 3))
         return features, spatial, (features @ self.fc.weight.T).softmax(dim=1)
 
-
 def load_inception(weights):
-    """InceptionV3 with the public weights (downloaded once, hash checked), those of a file, or "random" ones, seed 0."""
+    """InceptionV3 with the public weights (downloaded once, hash checked), a file's, or "random" ones of seed 0."""
     network = InceptionV3()
     if weights == "random":
         generator = torch.Generator().manual_seed(0)
         for layer in network.modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)  # keeps the signal's size
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
         return network
     try:
         if weights:
@@ -119,12 +108,9 @@ def load_inception(weights):
                          "--weights FILE, or pass --weights random for distances that are not FID")
     return network
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The metrics
-
+# ---- The metrics
 class Statistics:
-    """Mean and covariance of rows seen in batches, in float64. Shifted by the first batch's mean, so nothing cancels."""
+    """Mean and covariance of rows seen in batches, in float64. Shifted by the first batch's mean: nothing cancels."""
 
     def __init__(self):
         self.count = 0
@@ -147,10 +133,8 @@ class Statistics:
         sigma = (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
         return (mean + self.shift).cpu().numpy(), sigma.cpu().numpy()
 
-
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), Heusel et al. 2017, eq. 6; in float64.
-
     The trace of the root is the sum of the roots of the eigenvalues of S sigma2 S with S = sigma1^(1/2): symmetric
     eigenproblems, so it is real and defined for singular covariances (fewer samples than features), too.
     """
@@ -162,10 +146,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     root = torch.linalg.eigvalsh(half.T @ sigma2 @ half).clamp(min=0).sqrt().sum()
     return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root)
 
-
 def inception_score(probs, split_size=5000):
     """exp(mean KL(p(y|x) || p(y))), Salimans et al. 2016, averaged over splits of 5000 images in order.
-
     That is ADM's choice, hence the tables': 10 splits for 50,000 images and 1 for up to 5000. probs (N, classes).
     """
     scores = []
@@ -174,16 +156,13 @@ def inception_score(probs, split_size=5000):
         scores.append(kl.sum(dim=1).mean().exp())
     return float(torch.stack(scores).mean())
 
-
 def squared_distances(a, b):
     return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp_(min=0)
 
-
 def precision_recall(real, fake, k=3):
     """Kynkaanniemi et al. 2019: (share of fakes inside the real manifold, share of reals inside the fake manifold).
-
-    A set's manifold is the union of the balls around its points (N, D) that reach to the k-th neighbour, the point itself
-    not counted. Distances are made 1024 rows at a time: no N x N matrix is ever held.
+    A set's manifold is the union of the balls around its points (N, D) that reach to the k-th neighbour, the point
+    itself not counted. Distances are made 1024 rows at a time: no N x N matrix is ever held.
     """
     real, fake = torch.as_tensor(real), torch.as_tensor(fake)
     if min(len(real), len(fake)) <= k:
@@ -199,47 +178,35 @@ def precision_recall(real, fake, k=3):
         precise |= (distance <= radius[:, None]).any(dim=0)
     return precise.double().mean().item(), torch.cat(recalled).double().mean().item()
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Inputs: each becomes batches of uint8 (n, S, S, 3), and published statistics are taken as they stand
-
-class ImageFiles(torch.utils.data.Dataset):
-    def __init__(self, files, size):
-        self.files, self.size = files, size
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, index):
-        try:
-            with Image.open(self.files[index]) as image:
-                image = image.convert("RGB")
-        except Exception as error:
-            return f"{self.files[index]}: cannot be read ({type(error).__name__}: {error})"
-        if self.size:  # ADM's centre crop, as in vae_latents.py: halve by boxes, bicubic to the short side, cut the middle
-            while min(image.size) >= 2 * self.size:
-                image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-            scale = self.size / min(image.size)
-            image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
-            left, top = (image.width - self.size) // 2, (image.height - self.size) // 2
-            image = image.crop((left, top, left + self.size, top + self.size))
-        return np.asarray(image)
-
+# ---- Inputs: each becomes batches of uint8 (n, S, S, 3), and published statistics are taken as they stand
+def load_image(path, size):
+    """One image file as RGB; with `size`, ADM's centre crop as in vae_latents.py: boxes, bicubic, cut the middle."""
+    try:
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+    except Exception as error:
+        raise InputError(f"{path}: cannot be read ({type(error).__name__}: {error})")
+    if size:
+        while min(image.size) >= 2 * size:
+            image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+        scale = size / min(image.size)
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+    return np.asarray(image)
 
 def file_batches(files, size, batch):
-    """Batches from image files, decoded by worker processes; an error names the first file that is unreadable or odd."""
-    loader = torch.utils.data.DataLoader(ImageFiles(files, size), batch, num_workers=min(4, os.cpu_count()), collate_fn=list)
+    """Batches from image files, decoded by threads; an error names the first file that is unreadable or of odd size."""
     shape = None
-    for number, images in enumerate(loader):
-        for offset, image in enumerate(images):
-            if isinstance(image, str):
-                raise InputError(image)
-            shape = shape or image.shape
-            if image.shape != shape:
-                raise InputError(f"{files[number * batch + offset]}: {image.shape[1]} x {image.shape[0]} pixels, others are "
-                                 f"{shape[1]} x {shape[0]}; --image-size N crops all to N x N")
-        yield np.stack(images)
-
+    with ThreadPoolExecutor(8) as pool:
+        for first in range(0, len(files), batch):
+            images = list(pool.map(load_image, files[first:first + batch], [size] * batch))
+            shape = shape or images[0].shape
+            for file, image in zip(files[first:], images):
+                if image.shape != shape:
+                    raise InputError(f"{file}: {image.shape[1]} x {image.shape[0]} pixels, the first is {shape[1]} x "
+                                     f"{shape[0]}; --image-size N crops all to N x N")
+            yield np.stack(images)
 
 def npz_batches(path, batch):
     """Batches of arr_0 read from the archive as they are wanted: 50,000 images of 256 px need no 10 GB of memory."""
@@ -252,7 +219,6 @@ def npz_batches(path, batch):
         for first in range(0, shape[0], batch):
             rows = min(batch, shape[0] - first)
             yield np.frombuffer(file.read(rows * int(np.prod(shape[1:]))), np.uint8).reshape(rows, *shape[1:])
-
 
 def open_input(path, size, batch):
     """(statistics dict or None, iterator of image batches or None) for one side of the comparison."""
@@ -280,12 +246,10 @@ def open_input(path, size, batch):
         raise InputError(f"{path}: holds neither arr_0 nor mu and sigma")
     return saved if "mu" in saved else None, images
 
-
 @torch.no_grad()
 def describe(path, network, args, limit=None):
     """Everything the metrics need of one side: statistics, and features and probabilities where there are images.
-
-    `limit` caps the features kept (evenly spaced images); statistics are over all. Published statistics stand as they are.
+    `limit` caps the features kept (evenly spaced images); statistics are over all. Published ones stand as they are.
     """
     saved, batches = open_input(path, args.image_size, args.batch_size)
     device, side = next(network.parameters()).device, {"count": None, "size": None}
@@ -302,8 +266,6 @@ def describe(path, network, args, limit=None):
                 spatial.update(s)
             features.append(f)
             probs.append(p)
-            if sys.stderr.isatty():
-                print(f"\r{path}: {statistics.count} images", end="", file=sys.stderr)
         side.update(count=statistics.count, features=torch.cat(features), probs=torch.cat(probs))
         if limit and side["count"] > limit:
             keep = torch.linspace(0, side["count"] - 1, limit, device=device).long()
@@ -312,18 +274,17 @@ def describe(path, network, args, limit=None):
         saved = dict(zip(("mu", "sigma", "mu_s", "sigma_s"), (*statistics.finish(), *spatial.finish())))
     return {**side, **saved}
 
-
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: (_ for _ in ()).throw(InputError(f"{message} (--help lists the flags)"))
     p.add_argument("samples", help="what to judge: folder of images, .npz, latent folder or statistics")
     p.add_argument("reference", nargs="?", help="what to judge by, likewise; without it, only the Inception score")
-    p.add_argument("--weights", help='Inception weights: a file, or "random" (default: the public file, downloaded once)')
+    p.add_argument("--weights", help='a file, or "random" (default: the public Inception weights, downloaded once)')
     p.add_argument("--image-size", type=int, help="centre-crop images in folders to this side (default: as they are)")
     p.add_argument("--num", type=int, help="look at the first so many images of each side only (default: all)")
     p.add_argument("--batch-size", type=int, default=64, help="images at once (default: %(default)s)")
-    p.add_argument("--save-stats", metavar="FILE", help="save the samples' mu, sigma, mu_s, sigma_s as .npz, to use as a reference")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there)")
+    p.add_argument("--save-stats", metavar="FILE", help="save the samples' statistics as .npz, a reference for later")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there")
     args = p.parse_args()
     network = load_inception(args.weights).to(args.device)
     samples = describe(args.samples, network, args)
@@ -331,16 +292,15 @@ def main():
     if args.reference:
         reference = describe(args.reference, network, args, limit=PR_NUM)
         if samples["size"] and reference["size"] and samples["size"] != reference["size"]:
-            raise InputError(f"{args.samples} has images of {samples['size'][1]} x {samples['size'][0]} pixels, {args.reference} of "
-                             f"{reference['size'][1]} x {reference['size'][0]}; compare images of one size")
-        sides = ((args.samples, samples), (args.reference, reference))
-        for name, side in sides:
+            sizes = [f"{side['size'][1]} x {side['size'][0]}" for side in (samples, reference)]
+            raise InputError(f"{args.samples} has images of {sizes[0]}, {args.reference} of {sizes[1]} pixels: not one size")
+        for name, side in ((args.samples, samples), (args.reference, reference)):
             if side["count"] and side["count"] < len(side["mu"]):
-                print(f"warning: {name} has {side['count']} images, fewer than the {len(side['mu'])} features: the covariance is "
-                      "singular and the distance biased upwards; compare it only with distances of as many images", file=sys.stderr)
+                print(f"warning: {name} has {side['count']} images, fewer than the {len(side['mu'])} features: the "
+                      "distance is biased upwards; compare it only with distances of as many images", file=sys.stderr)
         results["FID"] = frechet_distance(samples["mu"], samples["sigma"], reference["mu"], reference["sigma"])
         if "mu_s" in samples and "mu_s" in reference:
-            results["sFID"] = frechet_distance(samples["mu_s"], samples["sigma_s"], reference["mu_s"], reference["sigma_s"])
+            results["sFID"] = frechet_distance(*(s[key] for s in (samples, reference) for key in ("mu_s", "sigma_s")))
     if "probs" in samples:
         results["IS"] = inception_score(samples["probs"])
     if args.reference and "features" in samples and "features" in reference:
@@ -354,7 +314,6 @@ def main():
     for key, value in results.items():
         print(f"{key:18} {value:10.4f}")
     print(json.dumps({**results, "samples": args.samples, "reference": args.reference, "num": samples["count"]}))
-
 
 if __name__ == "__main__":
     try:

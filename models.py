@@ -1,13 +1,15 @@
-"""SiT: a diffusion transformer with DiT's adaLN-Zero blocks that predicts a velocity in VAE latent space. Read this first.
+"""SiT: a diffusion transformer with DiT's adaLN-Zero blocks that predicts a velocity in VAE latent space. Start here.
 
-Sources: DiT (Peebles & Xie 2023, arXiv 2212.09748), SiT (Ma et al. 2024, arXiv 2401.08740), REPA (Yu et al. 2025, arXiv
-2410.06940). Names in the state dict are theirs, so their checkpoints load here. The end of the file is what every script shares.
+Sources: DiT (Peebles & Xie 2023, arXiv 2212.09748), SiT (Ma et al. 2024, arXiv 2401.08740), REPA (Yu et al. 2025,
+arXiv 2410.06940). Names in the state dict are theirs, so their checkpoints load here. What every script shares is at
+the end.
 """
 import argparse
 import contextlib
 import math
 import os
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -23,11 +25,9 @@ SIZES = {f"SiT-{size}/{patch}": (*dims, patch)
 # Blocks are counted from 1: stage 1 aligns d1, the teacher gives dt, the student's ds regresses it (METHOD: Settings).
 DEPTHS = {"Ti": (2, 5, 4), "S": (2, 8, 6), "B": (2, 8, 6), "L": (8, 16, 12), "XL": (8, 19, 14)}
 
-
 def modulate(x, shift, scale):
     """adaLN: x (N, T, D) scaled and shifted by one vector (N, D) per image."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
-
 
 class PatchEmbed(nn.Module):
     """Latent (N, C, H, W) -> tokens (N, T, D): one linear map of each p x p patch, T = H/p * W/p, row by row."""
@@ -38,7 +38,6 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x):
         return self.proj(x).flatten(2).transpose(1, 2)
-
 
 class TimestepEmbedder(nn.Module):
     """t (N,) in [0, 1] -> (N, D): 256 sinusoids of t itself (not of 1000 t), cosines first, then an MLP."""
@@ -52,18 +51,6 @@ class TimestepEmbedder(nn.Module):
         freqs = torch.exp(-math.log(10000) * torch.arange(self.half, dtype=torch.float32, device=t.device) / self.half)
         args = t[:, None].float() * freqs
         return self.mlp(torch.cat([args.cos(), args.sin()], dim=1).to(self.mlp[0].weight.dtype))
-
-
-class LabelEmbedder(nn.Module):
-    """Labels (N,) int64 -> (N, D). Row `num_classes` is the null label of classifier-free guidance."""
-
-    def __init__(self, num_classes, width):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
-
-    def forward(self, y):
-        return self.embedding_table(y)
-
 
 class Attention(nn.Module):
     """Multi-head self-attention over tokens (N, T, D); with `qk_norm`, LayerNorm on each head's queries and keys."""
@@ -81,33 +68,22 @@ class Attention(nn.Module):
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast leaves a LayerNorm's output in float32
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, T, D))
 
-
-class Mlp(nn.Module):
-    def __init__(self, width, ratio=4):
-        super().__init__()
-        self.fc1 = nn.Linear(width, ratio * width)
-        self.fc2 = nn.Linear(ratio * width, width)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class SiTBlock(nn.Module):
-    """adaLN-Zero: attention and MLP, each shifted, scaled and gated by c = embedding of (t, y); the identity at first."""
+    """adaLN-Zero: attention and MLP, shifted, scaled and gated by c, the embedding of (t, y); at first the identity."""
 
     def __init__(self, width, heads, qk_norm):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(width, heads, qk_norm)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(width)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(width, 4 * width), act=nn.GELU("tanh"), fc2=nn.Linear(4 * width, width)))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))
         return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
-
 
 class FinalLayer(nn.Module):
     """Tokens (N, T, D) -> patches (N, T, p*p*C)."""
@@ -122,13 +98,11 @@ class FinalLayer(nn.Module):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
-
 def unpatchify(patches, patch, channels):
     """(N, T, p*p*C) -> (N, C, H, W) for a square grid of T tokens; the inverse of cutting an image into patches."""
     side = math.isqrt(patches.shape[1])
     x = patches.view(-1, side, side, patch, patch, channels)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, side * patch, side * patch)
-
 
 def sincos_2d(width, side):
     """Fixed positional embedding (1, side*side, width): the first half encodes the column, the second the row."""
@@ -137,7 +111,6 @@ def sincos_2d(width, side):
     table = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, width / 2)
     columns, rows = table.expand(side, side, -1), table[:, None].expand(side, side, -1)
     return torch.cat([columns, rows], dim=2).reshape(1, side * side, width).float()
-
 
 class SiT(nn.Module):
     """Velocity network v_theta(x_t, t, y). `build` makes one by name; nothing in `forward` is random."""
@@ -148,7 +121,7 @@ class SiT(nn.Module):
         self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
         self.x_embedder = PatchEmbed(patch, in_channels, width)
         self.t_embedder = TimestepEmbedder(width)
-        self.y_embedder = LabelEmbedder(num_classes, width)
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, width)})  # + null label
         self.register_buffer("pos_embed", sincos_2d(width, input_size // patch))
         self.blocks = nn.ModuleList(SiTBlock(width, heads, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch, in_channels)
@@ -156,11 +129,11 @@ class SiT(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self):
-        """DiT's: Xavier-uniform linears, N(0, 0.02) embedders, and zeros wherever a residual branch or the output ends."""
+        """DiT's: Xavier-uniform linears, N(0, 0.02) embedders, zeros wherever a residual branch or the output ends."""
         self.apply(xavier_linear)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
-        for embedding in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+        for embedding in (self.y_embedder["embedding_table"], self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(embedding.weight, std=0.02)
         for layer in (*(b.adaLN_modulation[1] for b in (*self.blocks, self.final_layer)), self.final_layer.linear):
             nn.init.zeros_(layer.weight)
@@ -168,11 +141,10 @@ class SiT(nn.Module):
 
     def embed(self, x, t, y):
         """Tokens (N, T, D) before block 1, and the condition c (N, D) that modulates every block."""
-        return self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y)
+        return self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder["embedding_table"](y)
 
     def forward(self, x, t, y, tap=None):
         """x (N, C, H, W), t (N,) in [0, 1] with 0 = data, y (N,) int64 with `num_classes` as the null label.
-
         Returns the velocity (N, C, H, W) and the tokens (N, T, D) after block `tap`, counted from 1 (None without tap).
         """
         h, c = self.embed(x, t, y)
@@ -189,14 +161,11 @@ class SiT(nn.Module):
         block = 24 * tokens * D * D + 4 * tokens * tokens * D + 12 * D * D  # qkv, proj, MLP; attention; adaLN
         return io + self.depth * block + 2 * (256 * D + D * D) + 4 * D * D
 
-
 class Projector(nn.Module):
     """The MLP head of an auxiliary loss, D -> 2048 -> 2048 -> D with SiLU (REPA's), on tokens (N, T, D).
-
     `to_latent=(patch, channels)` makes it stage 1's P1, which answers in VAE latent space (N, C, H, W) through a
     LayerNorm without affine and a linear layer; without it, it is stage 2's P2, which answers in feature space.
     """
-
     def __init__(self, width, hidden=2048, to_latent=None):
         super().__init__()
         self.to_latent = to_latent
@@ -211,16 +180,12 @@ class Projector(nn.Module):
         out = self.mlp(tokens)
         return unpatchify(self.linear(self.norm(out)), *self.to_latent) if self.to_latent else out
 
-
 def xavier_linear(module):
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Building and loading a model
-
+# ---- Building and loading a model
 def build(name, input_size=32, in_channels=4, num_classes=1000, qk_norm=True):
     """A freshly initialised SiT by its name in SIZES, for latents (in_channels, input_size, input_size)."""
     if name not in SIZES:
@@ -231,10 +196,8 @@ def build(name, input_size=32, in_channels=4, num_classes=1000, qk_norm=True):
                         f"take a smaller patch, such as {name.split('/')[0]}/2")
     return SiT(depth, width, heads, patch, input_size, in_channels, num_classes, qk_norm)
 
-
 def load_checkpoint(path, name=None, weights="ema"):
     """Read a checkpoint of this project, REPA or the paper's authors: (SiT on the CPU in eval mode, the file's dict).
-
     Sizes, classes and q/k norm are read off the tensors' shapes; `name` (--model) is only checked against them.
     `weights` is "ema" or "model". Projectors are ignored; any other missing or unknown tensor is a UserError.
     """
@@ -254,11 +217,10 @@ def load_checkpoint(path, name=None, weights="ema"):
         raise UserError(f"{path}: not a checkpoint of a SiT ({error} is missing)")
     size = next((key for key, (d, w, _, p) in SIZES.items() if (d, w, p) == (depth, width, patch)), None)
     if size is None or name not in (None, size):
-        raise UserError(f"{path}: holds {size or f'depth {depth}, width {width}, patch {patch}'}, not --model {name or 'of any size here'}")
+        raise UserError(f"{path}: holds {size or f'an unknown size of width {width}'}, not --model {name}")
     model = build(size, side, channels, classes, qk_norm="blocks.0.attn.q_norm.weight" in state)
     load_state(model, state, path)
     return model.eval(), file
-
 
 def load_state(model, state, path):
     """load_state_dict, strict, with an error that names the file and the first few tensors that are wrong."""
@@ -270,13 +232,9 @@ def load_state(model, state, path):
         raise UserError(f"{path}: tensors do not fit the model; " + "; ".join(lists))
     model.load_state_dict(state)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What every script shares: files that are whole or absent, errors in one line, processes and devices
-
+# ---- What every script shares: files that are whole or absent, errors in one line, processes and devices
 class UserError(Exception):
     """A user's mistake. `run` prints it as one line on stderr and exits with status 2."""
-
 
 class Parser(argparse.ArgumentParser):
     def __init__(self, doc):
@@ -284,7 +242,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
-
 
 def run(main):
     """Call main(); a UserError becomes one line and status 2. Under torchrun only rank 0 speaks."""
@@ -299,7 +256,6 @@ def run(main):
         if dist.is_initialized():
             dist.destroy_process_group()
 
-
 def load_file(path):
     """torch.load of plain tensors, plain Python and argparse.Namespace (REPA keeps its arguments so); never code."""
     path = Path(path)
@@ -311,13 +267,12 @@ def load_file(path):
             return safetensors.load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             file = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # no zip, half a zip, unsafe pickle, no safetensors installed: each raises another type
+    except Exception as error:  # no zip, half a zip, unsafe pickle, no safetensors package: each raises another type
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"{path}: cannot be read: damaged, or more than tensors and plain Python, which is never run ({reason[:80]})")
+        raise UserError(f"{path}: cannot be read: damaged, or more than plain tensors, never run ({reason[:80]})")
     if not isinstance(file, dict):
         raise UserError(f"{path}: holds a {type(file).__name__}, not a dictionary of tensors")
     return file
-
 
 @contextlib.contextmanager
 def atomic_write(path):
@@ -336,7 +291,6 @@ def atomic_write(path):
             temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: could not be written ({error}); whatever stood there before is unchanged")
 
-
 def setup(device="auto"):
     """Join torchrun's processes if there are any: (device, rank, world size). gloo carries CPU tensors, NCCL CUDA's."""
     if device == "auto":
@@ -351,7 +305,7 @@ def setup(device="auto"):
         raise UserError(f"--device {device}: no such device; give cpu, cuda or cuda:N")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # for what autocast leaves in float32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # what autocast leaves
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device, *((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1))

@@ -3,7 +3,7 @@
     python sample.py --ckpt out/stage2/ckpt.pt --num 100 --cfg 2
     torchrun --nproc_per_node=8 sample.py --num-images 50000 --cfg 1.9 --guidance-high 0.65   # torchrun claims --num
 
-Image i depends on (--seed, i) alone, not on the batch size or the number of processes. The same command again continues.
+Image i depends on (--seed, i) alone, whatever the batch size and the number of processes. A cut-off run continues.
 """
 import hashlib
 import json
@@ -19,19 +19,18 @@ from PIL import Image
 from models import Parser, UserError, atomic_write, load_checkpoint, run, setup
 from vae_latents import find_vae, load_vae, to_uint8
 
-
 @torch.no_grad()
 def sample(model, noise, y, num_classes, steps=250, mode="sde", cfg=1.0, guidance_low=0.0, guidance_high=1.0, seed=0):
     """Integrate dx = v dt (mode "euler", "heun") or REPA's reverse SDE (mode "sde") from t = 1 to 0.
 
-    model: SiT or any callable (x, t, y) -> (velocity, ...); noise (N, C, H, W) at t = 1; y (N,) int64 labels; `num_classes`
-    is the null label. Guidance v_u + cfg (v_c - v_u) acts where guidance_low <= t <= guidance_high; elsewhere, and for
-    cfg = 1, only the conditional branch is run. `seed` is an int, or one int for each image, for the SDE's noise.
+    model: SiT or any callable (x, t, y) -> (velocity, ...); noise (N, C, H, W) at t = 1; y (N,) int64; `num_classes` is
+    the null label. Guidance v_u + cfg (v_c - v_u) acts where guidance_low <= t <= guidance_high; elsewhere, and for
+    cfg = 1, only the conditional branch is run. `seed`, for the SDE's noise: one int for each image, or the first's.
     Returns scaled latents (N, C, H, W) float64: divide by the VAE's scale before decoding. METHOD: Sampling.
     """
-    x = noise.double()  # the state in float64; the network in its own precision
+    x = noise.double()  # the state in float64, the network in its own precision
     null = torch.full_like(y, num_classes)
-    dtype = next((p.dtype for p in model.parameters()), torch.float64) if isinstance(model, torch.nn.Module) else x.dtype
+    dtype = next(model.parameters()).dtype if isinstance(model, torch.nn.Module) else x.dtype
 
     def drift(x, t):
         guided = cfg != 1.0 and guidance_low <= t <= guidance_high
@@ -47,17 +46,15 @@ def sample(model, noise, y, num_classes, steps=250, mode="sde", cfg=1.0, guidanc
         return v
 
     if mode == "sde":
-        seeds = seed if isinstance(seed, (list, tuple)) else [seed] * len(x)
-        shared = not isinstance(seed, (list, tuple))
-        generators = [torch.Generator().manual_seed(s + 1) for s in (seeds[:1] if shared else seeds)]
-        times = torch.cat([torch.linspace(1, 0.04, steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)]).tolist()
+        seeds = seed if isinstance(seed, (list, tuple)) else range(seed, seed + len(x))
+        generators = [torch.Generator().manual_seed(s + 1) for s in seeds]
+        times = [*torch.linspace(1, 0.04, steps, dtype=torch.float64).tolist(), 0.0]
         for t, t_next in zip(times, times[1:]):
             dt = t_next - t
             x = x + drift(x, t) * dt
             if t_next > 0:  # the last step is deterministic
-                shape = x.shape if shared else x.shape[1:]
-                fresh = torch.stack([torch.randn(shape, generator=g, dtype=torch.float64) for g in generators])
-                x = x + math.sqrt(2 * t * -dt) * fresh.view(x.shape).to(x.device)
+                fresh = torch.stack([torch.randn(x.shape[1:], generator=g, dtype=torch.float64) for g in generators])
+                x = x + math.sqrt(2 * t * -dt) * fresh.to(x.device)
         return x
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
     for t, t_next in zip(times, times[1:]):
@@ -68,12 +65,10 @@ def sample(model, noise, y, num_classes, steps=250, mode="sde", cfg=1.0, guidanc
         x = x_next
     return x
 
-
 def initial_noise(seed, indices, shape):
     """Noise (n, *shape) and one seed per image, functions of (seed, index): the same image whatever the batch."""
     seeds = [int.from_bytes(hashlib.sha256(f"{seed} {i}".encode()).digest()[:4], "little") for i in indices]
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]), seeds
-
 
 def grid(images, columns):
     """Images (N, S, S, 3) uint8 -> one PIL image, row by row, small ones enlarged so that they can be seen."""
@@ -85,24 +80,23 @@ def grid(images, columns):
     zoom = max(1, 96 // side)
     return Image.fromarray(sheet).resize((columns * side * zoom, rows * side * zoom), Image.NEAREST)
 
-
 def main():
     p = Parser(__doc__)
-    p.add_argument("--ckpt", default="out/stage2/ckpt.pt", help="checkpoint of this project, REPA or the authors (default: %(default)s)")
-    p.add_argument("--out", default="out/samples", metavar="DIR", help="gets samples.npz and grid.png (default: %(default)s)")
+    p.add_argument("--ckpt", default="out/stage2/ckpt.pt", help="ours, REPA's or the authors' (default: %(default)s)")
+    p.add_argument("--out", default="out/samples", metavar="DIR", help="samples.npz, grid.png (default: %(default)s)")
     p.add_argument("--model", help="size of a foreign checkpoint, such as SiT-XL/2; only checked, the file tells it")
-    p.add_argument("--weights", choices=["ema", "model"], default="ema", help="which weights of the checkpoint (default: ema)")
+    p.add_argument("--weights", choices=["ema", "model"], default="ema", help="of the checkpoint (default: ema)")
     p.add_argument("--vae", metavar="FILE", help="VAE to decode with (default: the one that made the training latents)")
-    p.add_argument("--num", "--num-images", type=int, default=100, help="images in all (default: %(default)s; the paper: 50000)")
+    p.add_argument("--num", "--num-images", type=int, default=100, help="images in all (default: 100; paper: 50000)")
     p.add_argument("--classes", help="comma-separated labels to cycle through (default: all classes in turn)")
-    p.add_argument("--mode", choices=["euler", "heun", "sde"], default="sde", help="sampler (default: sde, Euler-Maruyama)")
-    p.add_argument("--steps", type=int, default=250, help="grid steps from t = 1 to 0 (default: 250; Heun runs two evaluations each)")
-    p.add_argument("--cfg", type=float, default=1.0, help="guidance scale; 1 is none (default: 1; the paper's XL/2: 1.9)")
+    p.add_argument("--mode", choices=["euler", "heun", "sde"], default="sde", help="default: sde, Euler-Maruyama")
+    p.add_argument("--steps", type=int, default=250, help="from t = 1 to 0 (default: 250; Heun: two evaluations each)")
+    p.add_argument("--cfg", type=float, default=1.0, help="guidance scale; 1 is none (default: 1; paper's XL/2: 1.9)")
     p.add_argument("--guidance-low", type=float, default=0.0, help="guide only where t >= this (default: 0)")
-    p.add_argument("--guidance-high", type=float, default=1.0, help="guide only where t <= this (default: 1; the paper's XL/2: 0.65)")
+    p.add_argument("--guidance-high", type=float, default=1.0, help="only where t <= this (default: 1; paper: 0.65)")
     p.add_argument("--batch-size", type=int, default=128, help="images at once in each process (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="default: 0")
-    p.add_argument("--compile", action="store_true", help="torch.compile the network: pays above a few batches on a GPU")
+    p.add_argument("--compile", action="store_true", help="pays above a few batches on a GPU")
     p.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     args = p.parse_args()
     if args.num < 1 or args.steps < 1 or args.batch_size < 1:
@@ -115,7 +109,7 @@ def main():
     try:
         labels = [int(c) for c in args.classes.split(",")] if args.classes else list(range(model.num_classes))
     except ValueError:
-        raise UserError(f"--classes {args.classes}: give labels as whole numbers with commas between them, such as 207,360,387")
+        raise UserError(f"--classes {args.classes}: give whole numbers with commas between them, such as 207,360,387")
     if min(labels) < 0 or max(labels) >= model.num_classes:
         raise UserError(f"--classes {args.classes}: labels run from 0 to {model.num_classes - 1} in this checkpoint")
     if "meta" in file:
@@ -134,7 +128,7 @@ def main():
     # What the images depend on; parts made with anything else are not taken over
     recipe = {key: getattr(args, key) for key in ("ckpt", "weights", "vae", "num", "classes", "mode", "steps", "cfg",
                                                   "guidance_low", "guidance_high", "seed")}
-    recipe.update(step=file.get("step"), bytes=Path(args.ckpt).stat().st_size, modified=Path(args.ckpt).stat().st_mtime_ns)
+    recipe.update(step=file.get("step"), modified=Path(args.ckpt).stat().st_mtime_ns)
     tag = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     part = lambda first: out / f"part-{tag}-{args.batch_size}-{first:07d}.npz"
     try:
@@ -179,7 +173,6 @@ def main():
         for leftover in out.glob("part-*.npz"):
             leftover.unlink()
         print(f"{out}/samples.npz: {len(images)} images of {images.shape[1]} px; look at {out}/grid.png")
-
 
 if __name__ == "__main__":
     run(main)

@@ -1,18 +1,18 @@
 """Stage 1: train a SiT whose shallow block is aligned with VAE latent space. Also the training loop of stage 2.
 
-    torchrun --nproc_per_node=8 train_stage1.py                        # SiT-XL/2 on data/imagenet256, the paper's settings
-    python train_stage1.py --data data/shapes --model SiT-Ti/4 ...     # one process, a CPU will do
-    ... --align-weight 0                                               # the vanilla SiT baseline
+    torchrun --nproc_per_node=8 train_stage1.py                   # SiT-XL/2 on data/imagenet256, the paper's settings
+    python train_stage1.py --data data/shapes --model SiT-Ti/2    # --align-weight 0: the vanilla baseline
 
 L = L_diff + 0.5 L_align (Self-Transcendence, arXiv 2601.07773, stage 1). The same command again continues the run.
 
-Training is a function of the step: the data order comes from (seed, epoch); noise, t, posterior sample and label drop of
-step k come from (seed, k), drawn for the global batch and cut by process. So a killed run continues bit for bit, and any
+Training is a function of the step: the data order comes from (seed, epoch); noise, t, posterior sample and label drop
+of step k from (seed, k), drawn for the global batch and cut by process. So a killed run continues bit for bit, and any
 number of processes or accumulation steps walks the same trajectory up to the order of floating-point sums.
 """
 import argparse
 import contextlib
 import copy
+import functools
 import json
 import math
 import os
@@ -27,68 +27,52 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 from models import DEPTHS, Parser, Projector, UserError, atomic_write, build, load_file, load_state, run, setup
 from sample import grid, initial_noise, sample
 from vae_latents import LatentFolder, find_vae, to_uint8
 
 FORMAT = 1  # of ckpt.pt
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "A10": 125, "V100": 125}  # dense bf16
+PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165}  # dense bf16
 FREE_TO_CHANGE = {"data", "out", "steps", "accum", "compile", "grad_checkpoint", "device", "log_every", "save_every",
                   "sample_every", "keep", "teacher"}  # when a run is continued; everything else would be another run
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Everything random, as a function of (seed, step)
-
+# ---- Everything random, as a function of (seed, step)
 def batch_indices(step, batch, N, seed):
     """Which images the global batch of `step` (from 0) holds: (batch,) int64. Every epoch is a permutation of all N."""
     places = np.arange(step * batch, (step + 1) * batch)
     return np.concatenate([permutation(N, seed, epoch)[places[places // N == epoch] % N]
                            for epoch in range(places[0] // N, places[-1] // N + 1)])
 
-
-def permutation(N, seed, epoch, cache={}):
-    if (N, seed, epoch) not in cache:
-        if len(cache) > 1:
-            cache.pop(next(iter(cache)))
-        cache[N, seed, epoch] = np.random.default_rng((seed, epoch)).permutation(N)
-    return cache[N, seed, epoch]
-
+@functools.lru_cache(maxsize=2)
+def permutation(N, seed, epoch):
+    return np.random.default_rng((seed, epoch)).permutation(N)
 
 def draw(step, batch, shape, seed, device):
-    """What is random in step `step` of the global batch: t (B,), label drop (B,), posterior noise and noise (B, *shape).
-
-    t is stratified: t_i = (i + u_i) / B. Each image's stratum is drawn evenly, because the batch is a random permutation's;
-    the batch covers [0, 1], with less variance than independent draws; and a range of t is a range of i.
+    """What is random in a step of the global batch: t (B,), label drop (B,), posterior noise and noise (B, *shape).
+    t is stratified: t_i = (i + u_i) / B. Each image's stratum is drawn evenly, for the batch comes from a random
+    permutation; t covers [0, 1] with less variance than independent draws; and a range of t is a range of i.
     """
     generator = torch.Generator(device).manual_seed((seed * 0x9E3779B1 + step) % 2 ** 32)
     u, drop = torch.rand(2, batch, generator=generator, device=device)
     posterior, noise = torch.randn(2, batch, *shape, generator=generator, device=device)
     return (torch.arange(batch, device=device) + u) / batch, drop < 0.1, posterior, noise
 
-
 def guided_rows(batch, ways, t_min, t_max):
     """The slice of each of `ways` shares (way w holds strata w, w + ways, ...) in which t_min <= t <= t_max can occur.
-
-    One slice for all shares, so shapes are static; the strata at its ends are masked exactly. 1e-3 of a stratum is more
-    than t's rounding in float32 can carry a sample across an edge.
+    One slice for all shares, so shapes are static; the strata at its ends are masked exactly. (1e-3 of a stratum: more
+    than rounding t to float32 can carry a sample across an edge.)
     """
     first, last = max(0, math.floor(t_min * batch - 1e-3)), min(batch, math.ceil(t_max * batch + 1e-3))
     return slice(first // ways, -(-last // ways))
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The two losses
-
+# ---- The two losses
 class TwoLosses(nn.Module):
     """The network, its projector and both losses: what DDP wraps and torch.compile compiles.
-
     forward: x_t, velocity (n, C, H, W), t (n,), y (n,), target of the auxiliary loss for the images in `rows` alone
     -> L_diff of each image (n,), auxiliary loss of each image in `rows` (m,), unmasked (None without projector).
     """
-
     def __init__(self, model, projector=None, depth=None, rows=None):
         super().__init__()
         self.model, self.projector, self.depth, self.rows = model, projector, depth, rows
@@ -101,44 +85,33 @@ class TwoLosses(nn.Module):
         prediction = self.projector(tokens[self.rows])  # h_d of block `depth`, only where the mask can be 1
         return diff, (prediction.float() - target).square().flatten(1).mean(dim=1)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Latents: on the device when they fit, else read ahead from the memory map into pinned memory
-
+# ---- Latents: on the device when they fit, else read ahead from the memory map into pinned memory
 def latent_stream(folder, steps, rows_of, device):
-    """Yield (moments (n, 2C, H, W) float16, labels (n,)) on `device` for each step; rows_of(step) are the images' numbers."""
+    """Yield (moments (n, 2C, H, W) float16, labels (n,)) on `device` for each step, of the images rows_of(step)."""
     on_device = device.type == "cuda" and folder.moments.nbytes < 0.3 * torch.cuda.mem_get_info(device)[0]
-    if on_device:
-        moments, labels = torch.from_numpy(folder.moments[:]).to(device), folder.labels.to(device)
-        for step in steps:
-            rows = torch.from_numpy(rows_of(step)).to(device)
-            yield moments[rows], labels[rows]
-    elif device.type != "cuda":
+    if on_device or device.type == "cpu":
+        moments = torch.from_numpy(folder.moments[:]).to(device) if on_device else folder.moments
+        labels = folder.labels.to(device)
         for step in steps:
             rows = rows_of(step)
-            yield torch.from_numpy(folder.moments[rows]), folder.labels[rows]
-    else:
-        ready = queue.Queue(maxsize=4)
+            yield torch.as_tensor(moments[torch.from_numpy(rows).to(device) if on_device else rows]), labels[rows]
+        return
+    ready = queue.Queue(maxsize=4)
 
-        def read():
-            for step in steps:
-                rows = rows_of(step)
-                ready.put((torch.from_numpy(folder.moments[rows]).pin_memory(), folder.labels[rows].pin_memory()))
+    def read():
+        for step in steps:
+            rows = rows_of(step)
+            ready.put((torch.from_numpy(folder.moments[rows]).pin_memory(), folder.labels[rows].pin_memory()))
 
-        threading.Thread(target=read, daemon=True).start()
-        for _ in steps:
-            moments, labels = ready.get()
-            yield moments.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    threading.Thread(target=read, daemon=True).start()
+    for _ in steps:
+        yield tuple(x.to(device, non_blocking=True) for x in ready.get())
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The training loop of both stages
-
+# ---- The training loop of both stages
 def train(args, tap, make_projector, make_target, weight, until, aux_name):
-    """Train args.model on args.data into args.out, with L = L_diff + weight * L_aux up to step `until`, L_diff after it.
-
-    tap: the block whose tokens the projector sees. make_projector(model) -> its Projector. make_target(folder, model, device)
-    -> target(x_t, t, y, x0, velocity) for the images in the slice; called only if the run still has steps to guide.
+    """Train args.model on args.data into args.out with L = L_diff + weight * L_aux up to step `until`, then L_diff.
+    tap: the block whose tokens the projector sees. make_projector(model) -> Projector. make_target(model, device) ->
+    target(x_t, t, y, x0, velocity) for the images in the slice; called only if the run still has steps to guide.
     """
     # ---- devices and data
     device, rank, world = setup(args.device)
@@ -156,27 +129,26 @@ def train(args, tap, make_projector, make_target, weight, until, aux_name):
     torch.manual_seed(args.seed)
     model = build(args.model, meta["height"], meta["channels"], num_classes, args.qk_norm).to(device)
     model.grad_checkpoint = args.grad_checkpoint
-    depths = {"--align-depth" if aux_name == "align" else "--guide-depth": tap}
-    for flag, depth in depths.items():
-        if not 1 <= depth <= model.depth:
-            raise UserError(f"{flag} {depth}: {args.model} has blocks 1 to {model.depth}")
+    if not 1 <= tap <= model.depth:
+        raise UserError(f"--{aux_name}-depth {tap}: {args.model} has blocks 1 to {model.depth}")
     projector = make_projector(model).to(device) if weight else None
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     weights, averages = list(model.parameters()), list(ema.parameters())
     parameters = weights + (list(projector.parameters()) if projector else [])
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-    start, sums = 0, torch.zeros(4, dtype=torch.float64, device=device)  # L_diff, L_aux, gradient norm, steps since a log line
+    start = 0
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # since a log line: L_diff, L_aux, grad norm, steps
 
     # ---- continue where the last checkpoint stands
     args.stage = aux_name  # so that one stage never continues the other's run
-    settings = {key: value for key, value in vars(args).items() if key not in FREE_TO_CHANGE}
     if checkpoint.exists():
         saved = load_file(checkpoint)
         if saved.get("format") != FORMAT:
-            raise UserError(f"{checkpoint}: format {saved.get('format')}, this program continues {FORMAT}; choose another --out")
-        old = {key: value for key, value in saved["args"].items() if key not in FREE_TO_CHANGE}
-        changed = [f"--{key.replace('_', '-')} {old[key]} -> {settings[key]}" for key in sorted(old.keys() & settings.keys())
-                   if old[key] != settings[key]] + ["--data (other latents)"] * (saved["meta"] != meta)
+            raise UserError(f"{checkpoint}: format {saved.get('format')}, not {FORMAT}; choose another --out")
+        old = saved["args"]
+        changed = [f"--{key.replace('_', '-')} {old[key]} -> {value}" for key, value in vars(args).items()
+                   if key in old and key not in FREE_TO_CHANGE and old[key] != value]
+        changed += ["--data (other latents)"] * (saved["meta"] != meta)
         if changed:
             raise UserError(f"{checkpoint}: was trained with other arguments: {', '.join(changed)}; "
                             "give the same ones to continue it, or choose another --out")
@@ -203,13 +175,13 @@ def train(args, tap, make_projector, make_target, weight, until, aux_name):
                     with contextlib.suppress(ValueError):  # a line cut short by a kill
                         if json.loads(line)["step"] <= start:
                             file.write(f"{line}\n".encode())
-        print(f"{args.model}, {sum(p.numel() for p in weights) / 1e6:.1f} M parameters, {len(folder)} latents {shape}, {world} x "
-              f"{device.type}, batch {B} = {ways} x {n}, steps {start} to {args.steps}", flush=True)
+        print(f"{args.model}, {sum(p.numel() for p in weights) / 1e6:.1f} M parameters, {len(folder)} latents {shape}, "
+              f"{world} x {device.type}, batch {B} = {ways} x {n}, steps {start} to {args.steps}", flush=True)
 
     def wrap(losses):
         losses = torch.compile(losses, dynamic=False) if compiling else losses
-        return DistributedDataParallel(losses, device_ids=[device.index] if device.type == "cuda" else None,
-                                       gradient_as_bucket_view=True, broadcast_buffers=False) if world > 1 else losses
+        gpu = [device.index] if device.type == "cuda" else None
+        return DDP(losses, gpu, gradient_as_bucket_view=True, broadcast_buffers=False) if world > 1 else losses
 
     def save(step):
         """Write ckpt.pt whole or not at all; all processes learn whether it worked."""
@@ -217,9 +189,9 @@ def train(args, tap, make_projector, make_target, weight, until, aux_name):
         if rank == 0:
             try:
                 with atomic_write(checkpoint) as file:
-                    torch.save({"format": FORMAT, "step": step, "model": model.state_dict(), "ema": ema.state_dict(),
-                                "projector": projector.state_dict() if projector else None, "opt": optimizer.state_dict(),
-                                "args": vars(args), "meta": meta, "sums": sums.tolist()}, file)
+                    torch.save({"format": FORMAT, "step": step, "args": vars(args), "meta": meta, "sums": sums.tolist(),
+                                "model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(),
+                                "projector": projector.state_dict() if projector else None}, file)
                 if step % args.save_every == 0:  # a milestone: a second name for the same file
                     milestone = out / f"ckpt-{step:07d}.pt"
                     milestone.unlink(missing_ok=True)
@@ -233,7 +205,7 @@ def train(args, tap, make_projector, make_target, weight, until, aux_name):
         if failure[0]:
             raise UserError(f"stopped after step {step}: {failure[0]}; make room and run the same command again")
 
-    # ---- signals: finish the step, save, leave; a second one leaves at once (torchrun itself doubles them within a moment)
+    # ---- signals: finish the step, save, leave; a second one leaves at once (torchrun doubles each within a moment)
     asked = []
 
     def on_signal(number, frame):
@@ -245,10 +217,10 @@ def train(args, tap, make_projector, make_target, weight, until, aux_name):
         signal.signal(number, on_signal)
 
     # ---- the steps
-    rows_of = lambda step: np.concatenate([batch_indices(step, B, len(folder), args.seed)[w::ways]
-                                           for w in range(rank, ways, world)])
+    mine = range(rank, ways, world)
+    rows_of = lambda step: np.concatenate([batch_indices(step, B, len(folder), args.seed)[way::ways] for way in mine])
     stream = latent_stream(folder, range(start, args.steps), rows_of, device)
-    target = make_target(folder, model, device) if projector and start < until else None
+    target = make_target(model, device) if projector and start < until else None
     network = wrap(TwoLosses(model, projector, tap, rows) if target else TwoLosses(model))
     model.train()
     flops, kind = 3 * model.forward_flops(), torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -263,20 +235,16 @@ def train(args, tap, make_projector, make_target, weight, until, aux_name):
         # What the whole batch sees, drawn on every process alike; then this process's shares
         t, drop, posterior, noise = draw(step, B, shape, args.seed, device)
         moments, labels = next(stream)
-        stats = torch.zeros(2, device=device)
-        seen = []
-        for micro, way in enumerate(range(rank, ways, world)):
+        stats, seen = torch.zeros(2, device=device), []
+        for way, moments_i, y_true in zip(mine, moments.split(n), labels.split(n)):
             share = slice(way, None, ways)
-            mean, std = moments[micro * n:(micro + 1) * n].float().chunk(2, dim=1)
-            y_true = labels[micro * n:(micro + 1) * n]
+            mean, std = moments_i.float().chunk(2, dim=1)
             t_i, eps = t[share], noise[share]
             x0 = meta["scale"] * (mean + std * posterior[share])
             x_t = (1 - t_i.view(-1, 1, 1, 1)) * x0 + t_i.view(-1, 1, 1, 1) * eps
             velocity = eps - x0
             y = torch.where(drop[share], num_classes, y_true)  # the null label
-
-            last = micro == args.accum - 1
-            sync = contextlib.nullcontext() if world == 1 or last else network.no_sync()
+            sync = contextlib.nullcontext() if world == 1 or way == mine[-1] else network.no_sync()
             with sync, torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 if target:
                     inside = target(x_t[rows], t_i[rows], y_true[rows], x0[rows], velocity[rows])
@@ -287,9 +255,8 @@ def train(args, tap, make_projector, make_target, weight, until, aux_name):
                     diff, _ = network(x_t, t_i, y, velocity)
                     loss_aux = torch.zeros((), device=device)
                 loss_diff = diff.mean()
-                loss = loss_diff + weight * loss_aux
-                (loss / args.accum).backward()
-            stats += torch.stack([loss_diff.detach(), loss_aux.detach()]) / args.accum
+                ((loss_diff + weight * loss_aux) / args.accum).backward()
+            stats += torch.stack([loss_diff, loss_aux]).detach() / args.accum
             seen.append((t_i, diff.detach()))
 
         norm = nn.utils.clip_grad_norm_(parameters, args.clip)
@@ -297,7 +264,7 @@ def train(args, tap, make_projector, make_target, weight, until, aux_name):
             dist.all_reduce(stats)
             stats /= world
         bad = ~(torch.isfinite(stats).all() & torch.isfinite(norm))
-        optimizer.found_inf = bad.float()  # the fused kernel withholds the update where this is 1, without asking the host
+        optimizer.found_inf = bad.float()  # 1: the fused kernel withholds the update; the host need not ask
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
         optimizer.step()
@@ -307,12 +274,16 @@ def train(args, tap, make_projector, make_target, weight, until, aux_name):
         sums += torch.cat([stats, norm.reshape(1), torch.ones(1, device=device)])
         done = step + 1
 
+        stop = torch.tensor(len(asked))
+        if world > 1:
+            dist.all_reduce(stop, op=dist.ReduceOp.MAX)  # on the CPU, over gloo: all processes stop after the same step
+        logging, saving = done % args.log_every == 0, bool(done % args.save_every == 0 or done == args.steps or stop)
+
         # The verdict on a step: read at once on a CPU, a step later on a GPU, when it has long been computed
-        verdict, event = bad.to("cpu", non_blocking=True), torch.cuda.Event() if device.type == "cuda" else None
+        event = torch.cuda.Event() if device.type == "cuda" else None
+        pending.append((done, bad.to("cpu", non_blocking=True), event, seen))
         if event:
             event.record()
-        pending.append((done, verdict, event, seen))
-        logging, saving = done % args.log_every == 0, done % args.save_every == 0 or done == args.steps
         while len(pending) > (device.type == "cuda" and not (logging or saving)):
             number, verdict, event, seen = pending.pop(0)
             if event:
@@ -320,83 +291,75 @@ def train(args, tap, make_projector, make_target, weight, until, aux_name):
             if verdict.item():
                 stop_not_finite(number, seen, checkpoint, rank, world)
 
-        stop = torch.tensor(len(asked))
-        if world > 1:
-            dist.all_reduce(stop, op=dist.ReduceOp.MAX)  # on the CPU, over gloo: all processes stop after the same step
         if logging and rank == 0:
             loss_diff, loss_aux, grad_norm, count = sums.tolist()
             record = {"step": done, "loss_diff": loss_diff / count, f"loss_{aux_name}": loss_aux / count,
                       "grad_norm": grad_norm / count, "lr": optimizer.param_groups[0]["lr"]}
-            seconds, clock = time.time() - clock, time.time()
-            rate, clock_step = (done - clock_step) * B / seconds, done
+            rate, clock, clock_step = (done - clock_step) * B / (time.time() - clock), time.time(), done
             tflops = rate * flops / world / 1e12
-            timing = {"step": done, "images_per_s": round(rate, 1), "tflops_per_device": round(tflops, 3)}
-            append(out / "log.jsonl", record)
-            append(out / "timing.jsonl", timing)
-            print(f"step {done}/{args.steps}  diff {record['loss_diff']:.4f}  {aux_name} {record[f'loss_{aux_name}']:.4f}  grad "
-                  f"{record['grad_norm']:.3f}  {rate:.0f} images/s  {tflops:.2f} TFLOP/s"
+            append(out / "log.jsonl", record)  # the same in every run of these arguments; the clock apart
+            append(out / "timing.jsonl", {"step": done, "images_per_s": round(rate, 1), "tflops": round(tflops, 3)})
+            print(f"step {done}/{args.steps}  diff {loss_diff / count:.4f}  {aux_name} {loss_aux / count:.4f}  "
+                  f"grad {grad_norm / count:.3f}  {rate:.0f} images/s  {tflops:.2f} TFLOP/s"
                   + (f" = {100 * tflops / peak:.0f} % MFU" if peak else "")
                   + f"  {(args.steps - done) * B / rate / 60:.1f} min left", flush=True)
         if logging:
             sums.zero_()
         if args.sample_every and done % args.sample_every == 0 and rank == 0:
             preview(ema, meta, args, device, out / f"grid-{done:07d}.png")
-        if saving or stop:
+        if saving:
             save(done)
         if stop and done < args.steps:
             if rank == 0:
-                print(f"stopped by a signal after step {done}, which is saved; the same command continues from there", flush=True)
+                print(f"stopped by a signal after step {done}, which is saved; the same command continues", flush=True)
             return
     if rank == 0:
         print(f"{checkpoint}: done at step {args.steps}", flush=True)
 
-
 def append(path, record):
-    """Add a line to a log; a full disk costs a warning here and stops the run, by `save`, only if the checkpoint fails too."""
+    """Add a line to a log. A full disk costs a warning here; it stops the run only if the checkpoint fails, too."""
     try:
         with open(path, "a") as file:
             file.write(json.dumps(record) + "\n")
     except OSError as error:
         print(f"warning: {path}: could not be written ({error})", file=sys.stderr)
 
-
 def stop_not_finite(step, seen, checkpoint, rank, world):
-    """End the run, status 3 on every process: the step was not taken, nothing was saved since the last good checkpoint."""
-    t = torch.cat([t_i[~torch.isfinite(diff)] if (~torch.isfinite(diff)).any() else t_i[:0] for t_i, diff in seen]).tolist()
+    """End the run, status 3 on every process: the step was not taken, and nothing was saved after it."""
+    t = torch.cat([t_i[~torch.isfinite(diff)] for t_i, diff in seen]).tolist()
     everyone = [t]
     if world > 1:
         everyone = [None] * world
         dist.all_gather_object(everyone, t)
     t = sum(everyone, [])
     if rank == 0:
-        where = f"L_diff of {len(t)} images with t from {min(t):.3f} to {max(t):.3f}" if t else "the gradient, at t from 0 to 1"
+        where = f"{len(t)} images with t from {min(t):.3f} to {max(t):.3f}" if t else "the gradient, at t from 0 to 1"
         resume = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
         print(f"error: step {step} is not finite ({where}); it was not taken; {resume}", file=sys.stderr, flush=True)
     if world > 1:
         dist.barrier()
     sys.exit(3)
 
-
 def preview(ema, meta, args, device, path):
-    """A grid of EMA samples (30 Euler steps, no guidance), always from the same noise and labels, so that grids compare."""
-    vae = find_vae(None, meta, args.data).to(device)
-    y = torch.arange(30, device=device) % min(10, ema.num_classes)
-    noise, _ = initial_noise(args.seed, range(len(y)), (ema.in_channels, ema.input_size, ema.input_size))
-    latents = sample(ema, noise.to(device), y, ema.num_classes, steps=30, mode="euler")
-    with torch.no_grad(), atomic_write(path) as file:
-        grid(to_uint8(vae.decode((latents / vae.scale).float())), min(10, ema.num_classes)).save(file, format="PNG")
+    """A grid of EMA samples (30 Euler steps, no guidance), always from the same noise and labels."""
+    try:
+        vae = find_vae(None, meta, args.data).to(device)
+        y = torch.arange(30, device=device) % min(10, ema.num_classes)
+        noise, _ = initial_noise(args.seed, range(len(y)), (ema.in_channels, ema.input_size, ema.input_size))
+        latents = sample(ema, noise.to(device), y, ema.num_classes, steps=30, mode="euler")
+        with torch.no_grad(), atomic_write(path) as file:
+            grid(to_uint8(vae.decode((latents / vae.scale).float())), min(10, ema.num_classes)).save(file, format="PNG")
+    except UserError as error:  # a picture is not worth the run
+        print(f"warning: no preview ({error})", file=sys.stderr, flush=True)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Flags of both stages, and stage 1 itself
-
+# ---- Flags of both stages, and stage 1 itself
 def training_flags(doc, out, seed, aux):
-    p = Parser(doc)
+    p, flag = Parser(doc), argparse.BooleanOptionalAction
     p.add_argument("--data", default="data/imagenet256", metavar="DIR", help="latent folder (default: %(default)s)")
     p.add_argument("--out", default=out, metavar="DIR", help="gets ckpt.pt, log.jsonl, grids (default: %(default)s)")
     p.add_argument("--model", default="SiT-XL/2", help="name in models.SIZES (default: %(default)s, the paper's)")
-    p.add_argument("--steps", type=int, default=400000, help="total to reach, also when continuing (default: %(default)s)")
-    p.add_argument("--batch-size", type=int, default=256, help="images in a step, all processes together (default: 256, paper)")
+    p.add_argument("--steps", type=int, default=400000, help="total to reach, continued or not (default: %(default)s)")
+    p.add_argument("--batch-size", type=int, default=256, help="images in a step, all processes together (paper: 256)")
     p.add_argument("--accum", type=int, default=1, help="parts each process's share is worked through in (default: 1)")
     p.add_argument("--lr", type=float, default=1e-4, help="AdamW's, constant after --warmup (default: 1e-4, paper)")
     p.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up (default: 0, paper)")
@@ -404,19 +367,18 @@ def training_flags(doc, out, seed, aux):
     p.add_argument("--ema", type=float, default=0.9999, help="decay of the averaged weights (default: 0.9999, paper)")
     p.add_argument("--ema-ramp", action="store_true", help="decay at most (1 + step) / (10 + step): for short runs")
     p.add_argument("--seed", type=int, default=seed, help="of everything random (default: %(default)s)")
-    p.add_argument("--t-min", type=float, default=0.4, help=f"{aux} counts where t-min <= t <= t-max (default: 0.4, paper)")
-    p.add_argument("--t-max", type=float, default=0.7, help="(default: 0.7, paper)")
-    p.add_argument("--projector-dim", type=int, default=2048, help="hidden width of the projector (default: 2048, paper)")
-    p.add_argument("--qk-norm", action=argparse.BooleanOptionalAction, default=True, help="LayerNorm on queries and keys (default: on, paper)")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="torch.compile (default: on CUDA only)")
-    p.add_argument("--grad-checkpoint", action="store_true", help="recompute blocks in the backward pass: less memory, slower")
+    p.add_argument("--t-min", type=float, default=0.4, help=f"{aux} counts from this t on (default: 0.4, paper)")
+    p.add_argument("--t-max", type=float, default=0.7, help="and up to this one (default: 0.7, paper)")
+    p.add_argument("--projector-dim", type=int, default=2048, help="projector's hidden width (default: 2048, paper)")
+    p.add_argument("--qk-norm", action=flag, default=True, help="LayerNorm on queries and keys (default: on, paper)")
+    p.add_argument("--compile", action=flag, default=None, help="torch.compile (default: on CUDA only)")
+    p.add_argument("--grad-checkpoint", action="store_true", help="recompute blocks when going back: saves memory")
     p.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     p.add_argument("--log-every", type=int, default=100, help="steps (default: 100)")
     p.add_argument("--save-every", type=int, default=10000, help="steps between milestones (default: %(default)s)")
     p.add_argument("--keep", type=int, default=3, help="milestones kept beside ckpt.pt (default: 3)")
-    p.add_argument("--sample-every", type=int, default=10000, help="steps between preview grids; 0 for none (default: %(default)s)")
+    p.add_argument("--sample-every", type=int, default=10000, help="steps between grids, or 0 (default: %(default)s)")
     return p
-
 
 def checked(args):
     for name in ("steps", "batch_size", "accum", "log_every", "save_every", "keep", "projector_dim"):
@@ -428,11 +390,10 @@ def checked(args):
         raise UserError("--lr and --clip must be positive, --ema in [0, 1) and --seed not negative")
     return args
 
-
 def main():
     p = training_flags(__doc__, "out/stage1", 0, "L_align")
     p.add_argument("--align-weight", type=float, default=0.5, help="of L_align; 0 is vanilla SiT (default: 0.5, paper)")
-    p.add_argument("--align-depth", type=int, help="block d1 that is aligned (default: the paper's for the size: 8 for XL, 2 for B)")
+    p.add_argument("--align-depth", type=int, help="block d1, aligned (default: by size, paper: 8 for XL, 2 for B)")
     p.add_argument("--align-target", choices=["velocity", "latent"], default="velocity",
                    help="what P1 answers: the velocity eps - x0 (default, the authors' code) or the clean latent x0")
     args = checked(p.parse_args())
@@ -444,12 +405,11 @@ def main():
     def make_projector(model):  # P1: tokens of block d1 -> the answer in VAE latent space
         return Projector(model.width, args.projector_dim, to_latent=(model.patch, model.in_channels))
 
-    def make_target(folder, model, device):
+    def make_target(model, device):
         return lambda x_t, t, y, x0, velocity: velocity if args.align_target == "velocity" else x0
 
     # L_align = mean over C, H, W of (P1(h_d1) - target)^2 where 0.4 <= t <= 0.7, for all of stage 1
     train(args, args.align_depth, make_projector, make_target, args.align_weight, args.steps, "align")
-
 
 if __name__ == "__main__":
     run(main)

@@ -33,8 +33,8 @@ for net in stage2 vanilla; do
 done
 unless data/shapes/classifier.pt python tests/classifier.py train data/shapes --out data/shapes/classifier.pt
 judge out/demo/samples-{stage2,vanilla}-cfg{1,4}/samples.npz
-for net in stage2 vanilla; do # 64 images and random weights: this shows the tool at work, not a distance to compare with anyone's
-    measure out/demo/samples-$net-cfg4/samples.npz data/shapes --weights random --num 64
+for net in stage2 vanilla; do # 32 images and random weights: this shows the tool at work, not a distance to compare with anyone's
+    measure out/demo/samples-$net-cfg4/samples.npz data/shapes --weights random --num 32
 done
 python tests/demo_table.py
 printf '\nThis took %d minutes %d seconds.\n' $((($(date +%s) - start) / 60)) $((($(date +%s) - start) % 60))

@@ -10,7 +10,7 @@ rows = [(f"L_diff, mean of the last {lines['vanilla'][-1]['step'] - lines['vanil
 for cfg in ("1", "4"):
     rows += [(f"samples given the class asked for, cfg {cfg}", lambda net, c=cfg: f"{100 * judged[f'samples-{net}-cfg{c}']['agreement']:.1f} %"),
              (f"FD-CNN, cfg {cfg} (lower is better)", lambda net, c=cfg: f"{judged[f'samples-{net}-cfg{c}']['FD-CNN']:.2f}")]
-rows += [("FD-random, cfg 4, 64 images", lambda net: f"{random[net]['FD-random']:.1f}")]
+rows += [("FD-random, cfg 4, 32 images", lambda net: f"{random[net]['FD-random']:.1f}")]
 print(f"\nAfter {lines['stage2'][-1]['step']} steps each                        {'Self-Transcendence':>20} {'vanilla SiT':>14}")
 for name, value in rows:
     print(f"{name:46} {value('stage2'):>20} {value('vanilla'):>14}")

@@ -147,12 +147,12 @@ class TimmSiT(nn.Module):
         freqs = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32) / 128)
         angles = t[:, None].float() * freqs
         c = self.t_embedder.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(x.dtype)) + self.y_embedder.embedding_table(y)
-        h = self.x_embedder(x) + self.pos_embed
+        h, tapped = self.x_embedder(x) + self.pos_embed, None
         for depth, b in enumerate(self.blocks, 1):
             s1, k1, g1, s2, k2, g2 = (z[:, None] for z in b.adaLN_modulation(c).chunk(6, -1))
             h = h + g1 * b.attn(b.norm1(h) * (1 + k1) + s1)
             h = h + g2 * b.mlp(b.norm2(h) * (1 + k2) + s2)
-            tapped = h if depth == tap else (tapped if depth > 1 else None)
+            tapped = h if depth == tap else tapped
         shift, scale = (z[:, None] for z in self.final_layer.adaLN_modulation(c).chunk(2, -1))
         h = self.final_layer.linear(nn.functional.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift)
         n, side, p = len(x), x.shape[2] // self.patch, self.patch
@@ -270,8 +270,8 @@ def test_samplers_against_a_transcription(mode, cfg, low, high):
     model = tiny().double().eval()
     y, null = torch.tensor([1, 4]), torch.tensor([10, 10])
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1)).double()
-    generator = torch.Generator().manual_seed(8)  # sample() draws one tensor for the batch from an int seed, plus 1
-    noises = [torch.randn(1, *noise.shape, generator=generator, dtype=torch.float64)[0] for _ in range(11)]
+    generators = [torch.Generator().manual_seed(8 + i) for i in range(2)]  # sample() seeds image i with seed + i + 1
+    noises = [torch.stack([torch.randn(4, 16, 16, generator=g, dtype=torch.float64) for g in generators]) for _ in range(11)]
     with torch.no_grad():
         want = transcription(model, noise, y, null, 12, mode, cfg, low, high, noises)
     got = sample(model, noise, y, 10, 12, mode, cfg, low, high, seed=7)

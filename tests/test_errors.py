@@ -1,12 +1,10 @@
 """Bad input: exit status 2, one line on stderr that names the file or flag, no traceback, and nothing that existed is changed."""
-import argparse
 import json
 import os
 import pickle
 import runpy
 import shutil
 import sys
-import zipfile
 
 import numpy as np
 import pytest

@@ -1,5 +1,4 @@
 """Nothing is lost: kill -9 and resume, the same trajectory on any number of processes, signals, full disks, NaN."""
-import json
 import os
 import random
 import shutil
@@ -14,7 +13,7 @@ import torch
 
 import train_stage1
 import train_stage2
-from conftest import ROOT, TRAIN, ok, script, write_folder
+from conftest import ROOT, TRAIN, ok, write_folder
 
 STEPS = 40
 

@@ -1,6 +1,6 @@
 """Images to latents: the sources, the crop, every kind of image file, encoding by several processes and after kills."""
 import hashlib
-import json
+
 import os
 import random
 import subprocess

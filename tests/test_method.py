@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 
-import build_teacher
 import train_stage1
 import train_stage2
 from build_teacher import Teacher, guided_features
