@@ -396,6 +396,7 @@ def main():
     p.add_argument("--align-depth", type=int, help="block d1, aligned (default: by size, paper: 8 for XL, 2 for B)")
     p.add_argument("--align-target", choices=["velocity", "latent"], default="velocity",
                    help="what P1 answers: the velocity eps - x0 (default, the authors' code) or the clean latent x0")
+    p.set_defaults(steps=200000)  # 40 epochs of ImageNet; the paper's teacher
     args = checked(p.parse_args())
     if args.align_weight < 0:
         raise UserError(f"--align-weight {args.align_weight}: must not be negative")

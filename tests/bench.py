@@ -170,8 +170,8 @@ def bench_precision(device, repeats):
             x0, eps = 0.7 * prototypes[y] + 0.7 * torch.randn(n, 4, size, size, device=device), torch.randn(n, 4, size, size, device=device)
             return (1 - t.view(-1, 1, 1, 1)) * x0 + t.view(-1, 1, 1, 1) * eps, t, y, eps - x0
         for step in range(steps):
-            x_t, t, y, velocity = batch(8)
-            y = torch.where(torch.rand(8, device=device) < 0.1, 10, y)
+            x_t, t, y, velocity = batch(4)
+            y = torch.where(torch.rand(4, device=device) < 0.1, 10, y)
             (model(x_t, t, y)[0] - velocity).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -26,11 +26,8 @@ def tiny(num_classes=10, seed=0, patch=8, size=16):
 
 # ---- the draws
 
-@pytest.mark.parametrize("batch", [1, 7, 16, 256])
-@pytest.mark.parametrize("ways", [1, 2, 4])
+@pytest.mark.parametrize("batch,ways", [(1, 1), (7, 1), (16, 1), (16, 2), (16, 4), (256, 1), (256, 2), (256, 4)])
 def test_slice_holds_every_masked_sample_and_is_tight(batch, ways):
-    if batch % ways:
-        pytest.skip("batch not divisible")
     t_min, t_max = 0.4, 0.7
     rows = guided_rows(batch, ways, t_min, t_max)
     for step in range(50):
