@@ -293,7 +293,7 @@ def main():
         reference = describe(args.reference, network, args, limit=PR_NUM)
         if samples["size"] and reference["size"] and samples["size"] != reference["size"]:
             sizes = [f"{side['size'][1]} x {side['size'][0]}" for side in (samples, reference)]
-            raise InputError(f"{args.samples} has images of {sizes[0]}, {args.reference} of {sizes[1]} pixels: not one size")
+            raise InputError(f"{args.samples} has images of {sizes[0]}, {args.reference} of {sizes[1]} pixels")
         for name, side in ((args.samples, samples), (args.reference, reference)):
             if side["count"] and side["count"] < len(side["mu"]):
                 print(f"warning: {name} has {side['count']} images, fewer than the {len(side['mu'])} features: the "

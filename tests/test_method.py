@@ -303,3 +303,60 @@ def test_flops_match_a_count_by_torch():
     with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(torch.randn(1, 4, 16, 16), torch.rand(1), torch.tensor([0]))
     assert model.forward_flops() == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+# ---- what a GPU would do, as far as a CPU can
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_one_graph_without_breaks_and_the_same_numbers(stage):
+    """Dynamo and AOTAutograd trace both losses into one graph, compiled once for all steps; under bf16 autocast, too."""
+    from torch._dynamo.utils import counters
+    torch._dynamo.reset()
+    counters.clear()
+    model, rows = tiny(), slice(2, 6)
+    projector = Projector(128, 32, to_latent=(8, 4) if stage == 1 else None)
+    losses = TwoLosses(model, projector, 2, rows)
+    compiled = torch.compile(losses, dynamic=False, backend="aot_eager", fullgraph=True)
+    for step in range(3):
+        x, t, y = torch.randn(8, 4, 16, 16), torch.rand(8), torch.randint(0, 11, (8,))
+        target = x[rows] if stage == 1 else torch.randn(4, 4, 128)
+        with torch.autocast("cpu", torch.bfloat16):
+            got, want = compiled(x, t, y, x, target), losses(x, t, y, x, target)
+        for a, b in zip(got, want):
+            assert a.dtype == torch.float32
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+        (got[0].mean() + got[1].mean()).backward()
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_grad_checkpoint_changes_memory_not_numbers():
+    model = tiny().train()
+    x, t, y = torch.randn(2, 4, 16, 16), torch.rand(2), torch.tensor([0, 10])
+    grads = []
+    for flag in (False, True):
+        model.grad_checkpoint = flag
+        model.zero_grad()
+        model(x, t, y)[0].square().mean().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*grads)
+
+
+def test_bf16_training_follows_float32():
+    """Ten steps under bf16 autocast, weights in float32: the loss falls, close to float32's."""
+    ends = []
+    for enabled in (False, True):
+        model = tiny()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        generator = torch.Generator().manual_seed(0)
+        x, t, y = torch.randn(8, 4, 16, 16, generator=generator), torch.rand(8, generator=generator), torch.arange(8)
+        history = []
+        for _ in range(10):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                diff, _ = TwoLosses(model)(x, t, y, x)
+            diff.mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            history.append(diff.mean().item())
+        assert history[-1] < history[0]
+        ends.append(history[-1])
+    assert ends[0] == pytest.approx(ends[1], rel=0.02)
