@@ -318,6 +318,6 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"fid.py: error: {error}".replace("\n", "\\n"), file=sys.stderr)
         sys.exit(2)

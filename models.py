@@ -244,10 +244,10 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 def run(main):
-    """Call main(); a UserError becomes one line and status 2. Under torchrun only rank 0 speaks."""
+    """Call main(); a UserError or OSError becomes one line and status 2. Under torchrun only rank 0 speaks."""
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         if os.environ.get("RANK", "0") == "0":
             line = str(error).replace("\n", "\\n")
             print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)

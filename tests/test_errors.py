@@ -125,6 +125,14 @@ def test_bad_training_flags(refused, train, flags, says):
     refused("train_stage1.py", *train, *flags, says=[says])
 
 
+def test_out_that_cannot_be(refused, train, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    refused("train_stage1.py", *train, "--out", tmp_path / "file", says=[tmp_path / "file"])
+    refused("train_stage1.py", *train, "--out", tmp_path / "file" / "deeper", says=[tmp_path / "file"])
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((2, 32, 32, 3), np.uint8))
+    refused("fid.py", tmp_path / "a.npz", "--weights", "random", "--device", "cpu", "--save-stats", tmp_path / "file" / "s", says=["file/s"])
+
+
 def test_batch_not_divisible_by_processes(train):
     result = script("train_stage1.py", *train, "--batch-size", 9, processes=2)
     assert "--batch-size 9: not divisible by 2 processes" in result.stderr and result.stderr.count("error: --batch-size") == 1
