@@ -203,7 +203,7 @@ def load_checkpoint(path, name=None, weights="ema"):
     """
     file = load_file(path)
     state = file.get(weights, file.get("state_dict", file))
-    if not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path}: holds no '{weights}' weights; it is not a checkpoint of a SiT")
     for prefix in ("module.", "_orig_mod."):  # left by DistributedDataParallel and by torch.compile
         state = {key.removeprefix(prefix): value for key, value in state.items()}

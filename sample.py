@@ -133,7 +133,7 @@ def main():
     part = lambda first: out / f"part-{tag}-{args.batch_size}-{first:07d}.npz"
     try:
         done = np.load(out / "samples.npz")["tag"].item() == tag
-    except (OSError, KeyError, ValueError):
+    except Exception:  # none there, half of one, or another program's
         done = False
     if done:
         if rank == 0:
