@@ -170,7 +170,7 @@ def main():
     model, file = load_checkpoint(args.ckpt, weights=args.weights)
     size = (model.depth, model.width, model.patch)
     name = next(key for key, (d, w, _, p) in SIZES.items() if (d, w, p) == size)
-    _, depth, student_depth = DEPTHS[name.split("-")[1].split("/")[0]]
+    _, depth, student_depth = DEPTHS[name]
     depth = depth if args.teacher_depth is None else args.teacher_depth
     if not 1 <= depth <= model.depth:
         raise UserError(f"--teacher-depth {depth}: {name} has blocks 1 to {model.depth}")

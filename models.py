@@ -23,7 +23,8 @@ SIZES = {f"SiT-{size}/{patch}": (*dims, patch)
          for size, dims in {"Ti": (8, 128, 4), "S": (12, 384, 6), "B": (12, 768, 12),
                             "L": (24, 1024, 16), "XL": (28, 1152, 16)}.items() for patch in (2, 4, 8)}
 # Blocks are counted from 1: stage 1 aligns d1, the teacher gives dt, the student's ds regresses it (METHOD: Settings).
-DEPTHS = {"Ti": (2, 5, 4), "S": (2, 8, 6), "B": (2, 8, 6), "L": (8, 16, 12), "XL": (8, 19, 14)}
+DEPTHS = {f"SiT-{size}/{patch}": depths for patch in (2, 4, 8) for size, depths in {
+    "Ti": (2, 5, 4), "S": (2, 8, 6), "B": (2, 8, 6), "L": (8, 16, 12), "XL": (8, 19, 14)}.items()}
 
 def modulate(x, shift, scale):
     """adaLN: x (N, T, D) scaled and shifted by one vector (N, D) per image."""

@@ -401,7 +401,7 @@ def main():
     if args.align_weight < 0:
         raise UserError(f"--align-weight {args.align_weight}: must not be negative")
     if args.align_depth is None:
-        args.align_depth = DEPTHS.get(args.model.split("-")[-1].split("/")[0], (1,))[0]
+        args.align_depth = DEPTHS.get(args.model, (1, 1, 1))[0]
 
     def make_projector(model):  # P1: tokens of block d1 -> the answer in VAE latent space
         return Projector(model.width, args.projector_dim, to_latent=(model.patch, model.in_channels))

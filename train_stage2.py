@@ -26,7 +26,7 @@ def main():
     if args.guide_scale is not None and args.guide_scale < 1:
         raise UserError(f"--guide-scale {args.guide_scale}: must be at least 1, where f_g is f_c")
     if args.guide_depth is None:
-        args.guide_depth = DEPTHS.get(args.model.split("-")[-1].split("/")[0], (1, 1, 1))[2]
+        args.guide_depth = DEPTHS.get(args.model, (1, 1, 1))[2]
     if Path(args.teacher).is_file():  # so that a run cannot be continued with another teacher
         args.teacher_sha256 = hashlib.sha256(Path(args.teacher).read_bytes()).hexdigest()
 

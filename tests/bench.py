@@ -68,7 +68,7 @@ class Step:
         self.kind, self.device, self.batch = kind, device, batch
         model = awake(build(name, size, 4, 1000)).to(device)
         stage1 = awake(build(name, size, 4, 1000)).to(device)
-        _, dt, self.ds = DEPTHS[name.split("-")[1].split("/")[0]]
+        _, dt, self.ds = DEPTHS[name]
         self.dt, self.model, self.full = dt, model, stage1.eval().requires_grad_(False)
         self.teacher = Teacher(copy.deepcopy(stage1), dt).to(device)
         self.projector = Projector(model.width).to(device)
