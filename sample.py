@@ -5,6 +5,7 @@
 
 Image i depends on (--seed, i) alone, whatever the batch size and the number of processes. A cut-off run continues.
 """
+import argparse
 import hashlib
 import json
 import math
@@ -72,10 +73,9 @@ def initial_noise(seed, indices, shape):
 
 def grid(images, columns):
     """Images (N, S, S, 3) uint8 -> one PIL image, row by row, small ones enlarged so that they can be seen."""
-    rows = math.ceil(len(images) / columns)
+    rows, side = math.ceil(len(images) / columns), images.shape[1]
     sheet = np.full((rows * columns, *images.shape[1:]), 255, np.uint8)
     sheet[:len(images)] = images
-    side = images.shape[1]
     sheet = sheet.reshape(rows, columns, side, side, 3).swapaxes(1, 2).reshape(rows * side, columns * side, 3)
     zoom = max(1, 96 // side)
     return Image.fromarray(sheet).resize((columns * side * zoom, rows * side * zoom), Image.NEAREST)
@@ -96,7 +96,8 @@ def main():
     p.add_argument("--guidance-high", type=float, default=1.0, help="only where t <= this (default: 1; paper: 0.65)")
     p.add_argument("--batch-size", type=int, default=128, help="images at once in each process (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="default: 0")
-    p.add_argument("--compile", action="store_true", help="pays above a few batches on a GPU")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
+                   help="torch.compile (default: on CUDA, from 8 batches a process on, where it pays)")
     p.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     args = p.parse_args()
     if args.num < 1 or args.steps < 1 or args.batch_size < 1:
@@ -122,7 +123,8 @@ def main():
         raise UserError(f"--vae: has {vae.latent_channels} latent channels, the checkpoint {model.in_channels}")
     device, rank, world = setup(args.device)
     model, vae = model.to(device), vae.to(device, memory_format=torch.channels_last)
-    network = torch.compile(model) if args.compile else model
+    many = device.type == "cuda" and args.num >= 8 * args.batch_size * world
+    network = torch.compile(model) if (many if args.compile is None else args.compile) else model
     out = Path(args.out)
 
     # What the images depend on; parts made with anything else are not taken over
@@ -136,13 +138,11 @@ def main():
     except Exception:  # none there, half of one, or another program's
         done = False
     if done:
-        if rank == 0:
-            print(f"{out}/samples.npz: is complete already, nothing to do")
-        return
+        return print(f"{out}/samples.npz: is complete already, nothing to do") if rank == 0 else None
 
     start, made = time.time(), 0
     firsts = range(0, args.num, args.batch_size)
-    mine = [first for number, first in enumerate(firsts) if number % world == rank]
+    mine = firsts[rank::world]
     for number, first in enumerate(mine):
         indices = range(first, min(first + args.batch_size, args.num))
         if part(first).is_file():

@@ -61,33 +61,36 @@ def awake(model):
 
 
 class Step:
-    """One stage-2 training step at given weights and batch: ours, the naive one, or a vanilla one."""
+    """One stage-2 training step: ours, the naive one, or a vanilla one. `like` lends its networks and batch, to save memory."""
 
-    def __init__(self, kind, name, size, batch, device, compiled):
+    def __init__(self, kind, name, size, batch, device, compiled=None, like=None):
         torch.manual_seed(0)
         self.kind, self.device, self.batch = kind, device, batch
-        model = awake(build(name, size, 4, 1000)).to(device)
-        stage1 = awake(build(name, size, 4, 1000)).to(device)
-        _, dt, self.ds = DEPTHS[name]
-        self.dt, self.model, self.full = dt, model, stage1.eval().requires_grad_(False)
-        self.teacher = Teacher(copy.deepcopy(stage1), dt).to(device)
-        self.projector = Projector(model.width).to(device)
-        self.ema = copy.deepcopy(model).requires_grad_(False)
+        naive = kind.startswith("naive")
+        _, self.dt, self.ds = DEPTHS[name]
         self.rows = guided_rows(batch, 1, 0.4, 0.7)
+        if like:
+            for part in ("model", "teacher", "projector", "ema", "t", "noise", "velocity", "x_t", "y_true", "y"):
+                setattr(self, part, getattr(like, part))
+        else:
+            self.model = awake(build(name, size, 4, 1000)).to(device)
+            self.projector = Projector(self.model.width).to(device)
+            self.ema = copy.deepcopy(self.model).requires_grad_(False)
+            self.teacher = None if kind == "vanilla" else Teacher(awake(build(name, size, 4, 1000)), self.dt).to(device)
+            t, drop, _, noise = draw(0, batch, (4, size, size), 0, device)
+            x0 = torch.randn(noise.shape, device=device)
+            self.t, self.noise, self.velocity = t, noise, noise - x0
+            self.x_t = (1 - t.view(-1, 1, 1, 1)) * x0 + t.view(-1, 1, 1, 1) * noise
+            self.y_true = torch.arange(batch, device=device)
+            self.y = torch.where(drop, 1000, self.y_true)
         guided = kind == "ours"
-        self.losses = TwoLosses(model, self.projector if guided else None, self.ds if guided else None, self.rows)
+        self.losses = TwoLosses(self.model, self.projector if guided else None, self.ds if guided else None, self.rows)
         if compiled:
-            self.losses = torch.compile(self.losses, dynamic=False)
-            self.teacher.compile(dynamic=False)
-        self.parameters = [*model.parameters(), *(self.projector.parameters() if kind in ("ours", "naive") else [])]
-        fused = {} if kind.startswith("naive") else {"fused": True}
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=0.0, **fused)
-        t, drop, _, noise = draw(0, batch, (4, size, size), 0, device)
-        self.x0 = torch.randn(noise.shape, device=device)
-        self.t, self.noise, self.velocity = t, noise, noise - self.x0
-        self.x_t = (1 - t.view(-1, 1, 1, 1)) * self.x0 + t.view(-1, 1, 1, 1) * noise
-        self.y_true = torch.arange(batch, device=device)
-        self.y = torch.where(drop, 1000, self.y_true)
+            self.losses = torch.compile(self.losses, dynamic=False, mode=compiled)
+            if guided:
+                self.teacher.compile(dynamic=False, mode=compiled)
+        self.parameters = [*self.model.parameters(), *(self.projector.parameters() if guided or kind == "naive" else [])]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=0.0, fused=None if naive else True)
 
     def autocast(self, dtype=torch.bfloat16):
         return torch.autocast(self.device.type, dtype, enabled=self.device.type == "cuda")
@@ -96,9 +99,9 @@ class Step:
         if self.kind.startswith("naive"):  # the authors' way: both labels over the whole batch, the mask afterwards
             with self.autocast():
                 with torch.no_grad():
-                    h, c = self.full.embed(torch.cat([self.x_t, self.x_t]), torch.cat([self.t, self.t]),
-                                           torch.cat([self.y_true, torch.full_like(self.y_true, 1000)]))
-                    for block in self.full.blocks[:self.dt]:
+                    h, c = self.teacher.model.embed(torch.cat([self.x_t, self.x_t]), torch.cat([self.t, self.t]),
+                                                    torch.cat([self.y_true, torch.full_like(self.y_true, 1000)]))
+                    for block in self.teacher.model.blocks:
                         h = block(h, c)
                     f_cond, f_uncond = h.float().chunk(2)
                     f_guided = f_uncond + 30 * (f_cond - f_uncond)
@@ -130,11 +133,23 @@ class Step:
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1e-4)
 
 
+def arithmetic(step):
+    """FLOPs of (our guided step, the naive one), in vanilla steps."""
+    model, r = step.model, step.rows
+    share, vanilla = (r.stop - r.start) / step.batch, 3 * model.forward_flops()
+    tokens = (model.input_size // model.patch) ** 2
+    teacher = 2 * model.forward_flops() * step.dt / model.depth
+    head = 3 * 2 * tokens * sum(p.numel() for p in step.projector.parameters() if p.ndim == 2)
+    return 1 + share * (teacher + head) / vanilla, 1 + (teacher + head) / vanilla
+
+
 def bench_step(device, repeats):
     cuda = device.type == "cuda"
-    for name, size, batch in ([("SiT-B/2", 32, 256), ("SiT-XL/2", 32, 32)] if cuda else [("SiT-S/2", 16, 32)]):
-        steps = {kind: Step(kind, name, size, batch, device, compiled=cuda and not kind.startswith("naive"))
-                 for kind in ("naive", "naive after", "ours", "vanilla")}
+    for name, size, batch in ([("SiT-B/2", 32, 256), ("SiT-XL/2", 32, 32)] if cuda else [("SiT-S/2", 16, 32), ("SiT-B/2", 16, 16)]):
+        naive = Step("naive", name, size, batch, device)
+        steps = {"naive": naive, "naive after": Step("naive after", name, size, batch, device, like=naive)}
+        for kind in ("ours", "vanilla"):
+            steps[kind] = Step(kind, name, size, batch, device, compiled="default" if cuda else None, like=naive)
         with torch.no_grad():
             a, b = steps["naive"].loss().item(), steps["ours"].loss().item()
         start = time.perf_counter()
@@ -143,9 +158,11 @@ def bench_step(device, repeats):
               f"(warm-up and {repeats} rounds {time.perf_counter() - start:.0f} s)\n  same weights, same t: loss naive {a:.6f}, ours {b:.6f}")
         for kind, seconds in times.items():
             print(f"  {kind:12} {1e3 * statistics.median(seconds):9.1f} ms")
-        print(f"  naive / ours while guided      {ratio(times, 'naive', 'ours'):.2f}x\n"
-              f"  naive / ours after guidance    {ratio(times, 'naive after', 'vanilla'):.2f}x\n"
-              f"  ours guided / vanilla          {ratio(times, 'ours', 'vanilla'):.2f}x")
+        guided, naive = arithmetic(steps["ours"])
+        for title, slow, fast, expected in (("naive / ours while guided  ", "naive", "ours", naive / guided),
+                                            ("naive / ours after guidance", "naive after", "vanilla", naive),
+                                            ("ours guided / vanilla      ", "ours", "vanilla", guided)):
+            print(f"  {title} {ratio(times, slow, fast):5.2f}x   (multiply-adds alone: {expected:.2f}x)")
 
 
 def rounded(dtype_bits):
@@ -204,34 +221,45 @@ def bench_precision(device, repeats):
 
 
 def bench_mfu(device, repeats):
-    """SiT-XL/2 at 64 images: share of the dense bf16 peak by the model's own FLOPs, and of a large matmul's rate in this run."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    step = Step("vanilla", "SiT-XL/2", 32, 64, device, compiled=True)
-    torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    with torch.autocast("cuda", torch.bfloat16):
-        step()
-    sync(device)
-    compile_s = time.perf_counter() - start
-    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-    times = in_turns(device, repeats, step=step, matmul=lambda: a @ a)
-    seconds, ceiling = statistics.median(times["step"]), 2 * 8192 ** 3 / statistics.median(times["matmul"]) / 1e12
-    achieved = 3 * step.model.forward_flops() * 64 / seconds / 1e12
-    kind = torch.cuda.get_device_name(device)
-    peak = next((v for k, v in PEAK_TFLOPS.items() if k in kind), float("nan"))
+    """SiT-XL/2 at 64 images: share of the dense bf16 peak by the model's own FLOPs, and of a large matmul's rate in this run;
+    eager, compiled, with CUDA graphs, with tuned kernels. (On a CPU a tiny model, to see that it runs.)"""
+    cuda = device.type == "cuda"
+    name, size, batch, side = ("SiT-XL/2", 32, 64, 8192) if cuda else ("SiT-Ti/2", 8, 8, 512)
+    kind = torch.cuda.get_device_name(device) if cuda else "a CPU"
+    peak = next((value for key, value in PEAK_TFLOPS.items() if key in kind), float("nan"))
+    a = torch.randn(side, side, device=device, dtype=torch.bfloat16)
     counters = torch._dynamo.utils.counters
-    print(f"\nSiT-XL/2, 64 images on {kind}: {1e3 * seconds:.1f} ms, {64 / seconds:.0f} images/s, {achieved:.0f} TFLOP/s = "
-          f"{100 * achieved / peak:.1f} % of peak, {100 * achieved / ceiling:.1f} % of a matmul ({ceiling:.0f})\n  compile {compile_s:.0f} s, "
-          f"{counters['stats'].get('unique_graphs')} graph, {len(counters['graph_break'])} graph breaks, "
-          f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
+    print(f"\n{name}, {batch} images, bf16, on {kind}: forward, backward, clip, AdamW, EMA")
+    for mode in (None, "default", "reduce-overhead", "max-autotune-no-cudagraphs") if cuda else (None, "default"):
+        torch._dynamo.reset()
+        counters.clear()
+        step = Step("vanilla", name, size, batch, device, compiled=mode)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        step()
+        sync(device)
+        compile_s = time.perf_counter() - start
+        times = in_turns(device, repeats, step=step, matmul=lambda: a @ a)
+        seconds, ceiling = statistics.median(times["step"]), 2 * side ** 3 / statistics.median(times["matmul"]) / 1e12
+        achieved = 3 * step.model.forward_flops() * batch / seconds / 1e12
+        print(f"  {mode or 'eager':27} {1e3 * seconds:7.1f} ms  {batch / seconds:6.0f} images/s  {achieved:6.2f} TFLOP/s = {100 * achieved / peak:5.1f} % of "
+              f"peak, {100 * achieved / ceiling:5.1f} % of a matmul  first step {compile_s:.0f} s, {counters['stats'].get('unique_graphs', 0)} graphs, "
+              f"{len(counters['graph_break'])} breaks" + (f", {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" if cuda else ""), flush=True)
+        if mode == "default":  # what the single EMA call brings
+            pairs = list(zip(step.ema.parameters(), step.model.parameters()))
+            averages, weights = map(list, zip(*pairs))
+            times = in_turns(device, repeats, foreach=lambda: torch._foreach_lerp_(averages, [w.detach() for w in weights], 1e-4),
+                             loop=lambda: [e.mul_(0.9999).add_(p.data, alpha=1e-4) for e, p in pairs])
+            print(f"    EMA alone: {1e3 * statistics.median(times['foreach']):.2f} ms, a loop over parameters takes {ratio(times, 'loop', 'foreach'):.1f}x that")
+        del step
 
 
 def bench_loader(device, repeats):
     """The loader alone on 200,000 latents of 256-px images: images/s, read from the page cache (the file was just written)."""
     import json
     with tempfile.TemporaryDirectory() as where:
-        N, path = 200000 if device.type == "cuda" else 20000, Path(where)
+        N, path = 200000, Path(where)
         moments = np.lib.format.open_memmap(path / "moments.npy", mode="w+", dtype=np.float16, shape=(N, 8, 32, 32))
         for part in np.array_split(np.arange(N), 100):
             moments[part] = np.float16(0.5)
@@ -332,8 +360,6 @@ if __name__ == "__main__":
     device = torch.device(args.device if args.device != "cuda" else "cuda:0")
     parts = {"step": bench_step, "precision": bench_precision, "mfu": bench_mfu, "loader": bench_loader, "vae": bench_vae,
              "sampling": bench_sampling, "fid": bench_fid, "help": bench_help}
-    if device.type == "cpu" and args.only is None:
-        del parts["mfu"]
     for name, part in parts.items():
         if args.only in (None, name):
             part(device, args.repeats)
