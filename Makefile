@@ -1,8 +1,9 @@
-# make demo: the whole method on drawn shapes, about 10 minutes on 2 CPU cores. make test: the tests. Both make .venv first.
+# make demo: the whole method on drawn shapes, 10 to 15 minutes on 2 CPU cores. make test: the tests. Both make .venv first.
+# make experiment: the README's figures on CIFAR-10, some hours on 2 CPU cores; IMAGES=DIR if CIFAR-10 is at hand as PNGs.
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: demo test clean
+.PHONY: demo test experiment clean
 
 .venv: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -18,6 +19,9 @@ demo: .venv
 
 test: .venv .venv/dev
 	$(PY) -m pytest -q tests
+
+experiment: .venv .venv/dev
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash tests/experiment.sh
 
 clean:
 	rm -rf out data

@@ -23,18 +23,20 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 E, ASSETS = Path("out/cifar10"), ROOT / "assets"
-LEGEND = {"vanilla": ("vanilla SiT", "tab:gray"), "stage1": ("stage 1 (VAE alignment)", "tab:blue"),
-          "ours": ("Self-Transcendence", "tab:red")}
+RUNS = {"vanilla": "vanilla SiT", "stage1": "stage 1: aligned with the velocity", "s1": "stage 2, s = 1 (f_g = f_c)", "s3": "stage 2, s = 3",
+        "s10": "stage 2, s = 10", "s30": "stage 2, s = 30", "half": "stage 2, s = 10, guided for half of the steps",
+        "short": "stage 2, s = 10, teacher of a quarter of the steps", "latent": "stage 2, s = 10, teacher aligned with x0"}
+CURVES = {"vanilla": ("vanilla SiT", "tab:gray"), "stage1": ("stage 1", "tab:blue"), "s10": ("Self-Transcendence", "tab:red"),
+          "half": ("..., guided for half of the steps", "tab:purple"), "short": ("..., teacher of a quarter of the steps", "tab:orange")}
 
 
 def judged():
-    """{run: {step: (FD-CNN, agreement)}} of every run that was measured."""
+    """{(kind, seed): {step: (FD-CNN, agreement)}} of every run that was measured."""
     results = {}
-    for path in sorted(E.glob("*/samples-*/judged.json")):
-        row = json.loads(path.read_text())
-        run = results.setdefault(path.parent.parent.name, {})
-        run[int(path.parent.name.removeprefix("samples-"))] = row["FD-CNN"], row["agreement"]
-    return {name: dict(sorted(run.items())) for name, run in sorted(results.items())}
+    for path in sorted(E.glob("*-seed*/samples-*/judged.json")):
+        row, (kind, seed) = json.loads(path.read_text()), path.parent.parent.name.rsplit("-seed", 1)
+        results.setdefault((kind, int(seed)), {})[int(path.parent.name.removeprefix("samples-"))] = row["FD-CNN"], row["agreement"]
+    return {key: dict(sorted(results[key].items())) for key in sorted(results, key=lambda key: (list(RUNS).index(key[0]), key[1]))}
 
 
 def arguments(name):
@@ -62,48 +64,46 @@ def cost(name):
 
 
 def curves(results):
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
-    for name, run in results.items():
-        kind, _, seed = name.partition("-seed")
-        if kind not in LEGEND or not seed:
+    """FD-CNN and agreement over steps, and over all compute that went into the network, its teacher's training and forwards too."""
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharey="row", sharex="col")
+    for (kind, seed), run in results.items():
+        if kind not in CURVES:
             continue
-        label, colour = LEGEND[kind]
-        step_cost, before = cost(name)
-        steps, fd = list(run), [fd for fd, _ in run.values()]
-        style = dict(color=colour, marker="o", markersize=4, linestyle="-" if seed == "1" else "--")
-        last = arguments(name)["steps"] if kind == "stage1" else None
-        short = [s for s in steps if s <= min(max(r) for r in results.values())]
-        axes[0].plot(short, fd[:len(short)], label=f"{label}, seed {seed}", **style)
-        axes[1].plot([before + s * step_cost for s in steps], fd, label=f"{label}, seed {seed}", **style)
-    axes[0].set(xlabel="optimizer steps of batch 32", ylabel="FD-CNN (lower is better)", title="at equal steps")
-    axes[1].set(xlabel="total compute, in vanilla steps, teacher counted", title="at equal compute")
-    for axis in axes:
+        label, colour = CURVES[kind]
+        step_cost, before = cost(f"{kind}-seed{seed}")
+        for row, scale in ((0, 1), (1, 100)):
+            values = [scale * value[row] for value in run.values()]
+            style = dict(color=colour, marker="o" if seed == 1 else "s", markersize=4, linestyle="-" if seed == 1 else "--")
+            axes[row, 0].plot(list(run), values, label=f"{label}, seed {seed}", **style)
+            axes[row, 1].plot([before + step * step_cost for step in run], values, **style)
+    axes[0, 0].set(ylabel="FD-CNN (lower is better)", title="at equal steps")
+    axes[0, 1].set(title="at equal total compute, teacher counted")
+    axes[1, 0].set(xlabel="optimizer steps, batch 32", ylabel="given the class asked for, % (higher is better)")
+    axes[1, 1].set(xlabel="vanilla steps' worth of floating-point operations")
+    for axis in axes.flat:
         axis.grid(alpha=0.3)
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
-        axis.yaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter())
-    axes[0].legend(fontsize=8)
+        axis.set_xlim(left=0)
+    axes[0, 0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(ASSETS / "cifar10_curves.png", dpi=110)
+    figure.savefig(ASSETS / "cifar10_curves.png", dpi=90)
 
 
-def side_by_side(results, rows=5):
-    """The same noise through three networks after the same steps: ten classes in columns, `rows` images of each."""
-    step = max(results["ours-seed1"])
-    sheets = [grid(np.load(E / f"{name}-seed1/samples-{step}/samples.npz")["arr_0"][:10 * rows], 10).resize((480, 48 * rows), Image.LANCZOS)
-              for name in LEGEND]
-    sheet = Image.new("RGB", (sum(s.width for s in sheets) + 16 * (len(sheets) - 1), sheets[0].height + 18), "white")
-    for number, (picture, (label, _)) in enumerate(zip(sheets, LEGEND.values())):
-        sheet.paste(picture, (number * (picture.width + 16), 18))
-        ImageDraw.Draw(sheet).text((number * (picture.width + 16) + 2, 3), f"{label}, {step} steps", fill="black")
-    sheet.save(ASSETS / "cifar10_samples.png", optimize=True)
+def side_by_side():
+    """The same noise and labels through three networks after the same steps (sample.py --cfg 3): ten classes in columns."""
+    names = {"vanilla SiT": "vanilla-seed1", "stage 1": "stage1-seed1", "Self-Transcendence": "s10-seed1"}
+    sheet = Image.new("RGB", (len(names) * 490 - 10, 18 + 288), "white")
+    for number, (label, name) in enumerate(names.items()):
+        picture = grid(np.load(E / name / "picture/samples.npz")["arr_0"][:60], 10).resize((480, 288), Image.LANCZOS)
+        sheet.paste(picture, (number * 490, 18))
+        ImageDraw.Draw(sheet).text((number * 490 + 2, 3), label, fill="black")
+    sheet.quantize(256).save(ASSETS / "cifar10_samples.png", optimize=True)  # a palette: under 300 KB
 
 
 @torch.no_grad()
 def features(images=6, tile=64):
     """Rows: images. Columns: the image, then for three t: x_t, the vanilla network's h_ds, the teacher's f_c and f_g, as PCA colours."""
-    vanilla, file = load_checkpoint(E / "vanilla-seed1" / f"ckpt-{arguments('ours-seed1')['steps']:07d}.pt", weights="model")
-    args = arguments("ours-seed1")
+    vanilla, _ = load_checkpoint(E / "vanilla-seed1" / f"ckpt-{arguments('s10-seed1')['steps']:07d}.pt", weights="model")
+    args = arguments("s10-seed1")
     teacher, _ = load_teacher(args["teacher"])
     _, dt, ds = DEPTHS[args["model"]]
     folder = LatentFolder(args["data"])
@@ -128,14 +128,15 @@ def features(images=6, tile=64):
 if __name__ == "__main__":
     results = judged()
     steps = sorted({step for run in results.values() for step in run})
-    print("| FD-CNN, agreement after steps |" + "".join(f" {step} |" for step in steps) + "\n|---|" + "---|" * len(steps))
-    for name, run in results.items():
-        print(f"| {name} |" + "".join(f" {run[s][0]:.2f}, {100 * run[s][1]:.1f} % |" if s in run else " |" for s in steps))
-    for name in results:
-        step_cost, before = cost(name)
-        last = [json.loads(line) for line in (E / name / "log.jsonl").read_text().splitlines()][-10:]
-        print(f"{name}: a step costs {step_cost:.2f} vanilla steps, its teacher {before:.0f}; last {len(last)} log lines: "
-              + ", ".join(f"{key} {np.mean([line[key] for line in last]):.4f}" for key in last[0] if key.startswith("loss")))
+    print("| FD-CNN, agreement after | seed |" + "".join(f" {step} |" for step in steps) + " total compute |\n|---|---|" + "---|" * (len(steps) + 1))
+    for (kind, seed), run in results.items():
+        step_cost, before = cost(f"{kind}-seed{seed}")
+        print(f"| {RUNS[kind]} | {seed} |" + "".join(f" {run[s][0]:.1f}, {100 * run[s][1]:.1f} % |" if s in run else " |" for s in steps)
+              + f" {before:.0f} + {max(run)} x {step_cost:.2f} |")
+    print("\nmean of the last 10 log lines")
+    for kind, seed in results:
+        last = [json.loads(line) for line in (E / f"{kind}-seed{seed}/log.jsonl").read_text().splitlines()][-10:]
+        print(f"{kind} seed {seed}: " + ", ".join(f"{key} {np.mean([line[key] for line in last]):.4f}" for key in last[0] if key.startswith("loss")))
     curves(results)
-    side_by_side(results)
+    side_by_side()
     features()

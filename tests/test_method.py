@@ -361,3 +361,12 @@ def test_bf16_training_follows_float32():
         assert history[-1] < history[0]
         ends.append(history[-1])
     assert ends[0] == pytest.approx(ends[1], rel=0.02)
+
+
+def test_the_naive_step_has_the_same_loss():
+    """The authors' way, on the whole batch with the mask afterwards (tests/bench.py times it), and ours, on the slice."""
+    import bench
+    naive = bench.Step("naive", "SiT-Ti/2", 8, 32, torch.device("cpu"))
+    ours = bench.Step("ours", "SiT-Ti/2", 8, 32, torch.device("cpu"), like=naive)
+    with torch.no_grad():
+        assert naive.loss().item() == pytest.approx(ours.loss().item(), rel=1e-6)
