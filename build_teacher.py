@@ -15,8 +15,7 @@ import torch
 import torch.nn as nn
 from PIL import Image, ImageDraw
 
-from models import (DEPTHS, SIZES, Parser, SiT, UserError, atomic_write, load_checkpoint, load_file, load_state, run,
-                    setup)
+from models import DEPTHS, Parser, SiT, UserError, atomic_write, load_checkpoint, load_file, load_state, run, setup
 from vae_latents import LatentFolder, find_vae, to_uint8
 
 FORMAT = 1  # of teacher.pt
@@ -85,8 +84,8 @@ def knn_accuracy(features, labels, k=10):
     """Share of the second half whose k nearest neighbours (cosine) in the first half vote for its label."""
     features = nn.functional.normalize(features - features.mean(dim=0), dim=1)
     half = len(features) // 2
-    nearest = (features[half:] @ features[:half].T).topk(min(k, half), dim=1)[1]
-    votes = nn.functional.one_hot(labels[:half][nearest], int(labels.max()) + 1).sum(dim=1)
+    near, nearest = (features[half:] @ features[:half].T).topk(min(k, half), dim=1)  # a nearer one's vote weighs more
+    votes = (nn.functional.one_hot(labels[:half][nearest], int(labels.max()) + 1) * near.exp().unsqueeze(2)).sum(dim=1)
     return (votes.argmax(dim=1) == labels[half:]).double().mean().item()
 
 def probe(model, folder, depths, scales, num, t, device):
@@ -95,8 +94,7 @@ def probe(model, folder, depths, scales, num, t, device):
     Both f_c and f_g were told the label, so this measures how strongly a feature says it; f_u was not told. Pooling is
     linear, so f_g's mean is extrapolated from the means of f_c and f_u, and one pass serves every scale.
     """
-    rows = np.sort(np.random.default_rng(0).permutation(len(folder))[:num])
-    rows = np.random.default_rng(1).permutation(rows)
+    rows = np.random.default_rng(0).permutation(len(folder))[:num]
     pooled = {(depth, which): [] for depth in depths for which in "cu"}
     for part in np.array_split(rows, -(-len(rows) // 64)):
         _, x_t, times, y = noisy(folder, part, t, device, seed=int(part[0]))
@@ -152,14 +150,14 @@ def main():
     p.add_argument("--teacher-depth", type=int, help="block dt (default: the paper's for the size: 19 for XL, 8 for B)")
     p.add_argument("--guide-scale", type=float, default=30.0, help="s (default: 30, the authors' script)")
     p.add_argument("--weights", choices=["model", "ema"], default="model", help="raw (default, paper) or EMA")
-    p.add_argument("--probe-num", type=int, default=2000, help="images in the k-NN probe, or 0 (default: 2000)")
+    p.add_argument("--probe-num", type=int, help="images in the k-NN probe, or 0 (default: 2000, or 20 per class)")
     p.add_argument("--probe-scales", default="3,10,30", help="scales s to try (default: %(default)s)")
     p.add_argument("--t", type=float, default=0.5, help="noise level of probe and picture (default: 0.5)")
     p.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     args = p.parse_args()
     if args.guide_scale < 1:
         raise UserError(f"--guide-scale {args.guide_scale}: must be at least 1, where f_g is f_c")
-    if not 0 < args.t < 1 or args.probe_num < 0:
+    if not 0 < args.t < 1 or (args.probe_num or 0) < 0:
         raise UserError("--t must lie between 0 and 1, and --probe-num not be negative")
     try:
         scales = [float(s) for s in args.probe_scales.split(",")]
@@ -168,15 +166,14 @@ def main():
     if not Path(args.ckpt).exists():
         raise UserError(f"{args.ckpt}: no such checkpoint; train stage 1 first: python train_stage1.py")
     model, file = load_checkpoint(args.ckpt, weights=args.weights)
-    size = (model.depth, model.width, model.patch)
-    name = next(key for key, (d, w, _, p) in SIZES.items() if (d, w, p) == size)
-    _, depth, student_depth = DEPTHS[name]
+    _, depth, student_depth = DEPTHS[model.name]
     depth = depth if args.teacher_depth is None else args.teacher_depth
     if not 1 <= depth <= model.depth:
-        raise UserError(f"--teacher-depth {depth}: {name} has blocks 1 to {model.depth}")
+        raise UserError(f"--teacher-depth {depth}: {model.name} has blocks 1 to {model.depth}")
     made_by = file.get("args") or {}
     if (made_by if isinstance(made_by, dict) else vars(made_by)).get("align_weight") == 0:
         print(f"warning: {args.ckpt} is a vanilla run (--align-weight 0); the paper's is aligned", flush=True)
+    args.probe_num = max(2000, 20 * model.num_classes) if args.probe_num is None else args.probe_num
     device, _, _ = setup(args.device)
     model, out = model.to(device), Path(args.out)
     data = args.data or (file["args"]["data"] if "meta" in file else None)
@@ -184,6 +181,7 @@ def main():
         if data is None:
             raise UserError("--data: the checkpoint does not say which latents it saw; name them, or --probe-num 0")
         folder = LatentFolder(data)
+        vae = find_vae(None, folder.meta, data).to(device)
         depths = sorted({*range(2, model.depth + 1, max(1, model.depth // 8)), depth, student_depth})
         table = probe(model, folder, depths, scales, min(args.probe_num, len(folder)), args.t, device)
         header = list(table[depth])
@@ -193,18 +191,18 @@ def main():
             print(f"{block:5}  " + "".join(f"{line[title]:9.3f}" for title in header) + "   <- dt" * (block == depth))
         with atomic_write(out / "probe.json") as f:
             f.write(json.dumps({"t": args.t, "num": args.probe_num, "blocks": table}, indent=1).encode())
-        vae = find_vae(None, folder.meta, data).to(device)
+        sheet = picture(model, folder, vae, student_depth, depth, args.guide_scale, args.t, device)
         with atomic_write(out / "teacher.png") as f:
-            picture(model, folder, vae, student_depth, depth, args.guide_scale, args.t, device).save(f, format="PNG")
+            sheet.save(f, format="PNG")
     config = {"depth": depth, "width": model.width, "heads": model.blocks[0].attn.heads, "patch": model.patch,
               "input_size": model.input_size, "in_channels": model.in_channels, "num_classes": model.num_classes,
               "qk_norm": isinstance(model.blocks[0].attn.q_norm, nn.LayerNorm)}
     teacher = Teacher(model, depth)
     with atomic_write(out / "teacher.pt") as f:
-        source = {"ckpt": str(args.ckpt), "weights": args.weights, "step": file.get("step"), "model": name}
+        source = {"ckpt": str(args.ckpt), "weights": args.weights, "step": file.get("step"), "model": model.name}
         state = {key: value.cpu() for key, value in teacher.model.state_dict().items()}
         torch.save({"format": FORMAT, "config": config, "model": state, "scale": args.guide_scale, "source": source}, f)
-    print(f"{out}/teacher.pt: {name} after step {file.get('step')}, blocks 1 to {depth} of {size[0]}, "
+    print(f"{out}/teacher.pt: {model.name} after step {file.get('step')}, blocks 1 to {depth} of {model.depth}, "
           f"s = {args.guide_scale:g}" + f"; look at {out}/teacher.png" * bool(args.probe_num))
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ class InputError(Exception):
 # ---- The network: torchvision's Inception v3, with the three pools in which the FID graph of 2015 differs from it
 def fid_pool(block, pool):
     """A torchvision Inception block whose pooling branch, the last of its branches, pools by `pool` instead."""
-
     class Block(block):
         def _forward(self, x):  # its own pooling branch is computed in vain: 4 % of the network saves 40 lines
             return super()._forward(x)[:-1] + [self.branch_pool(pool(x))]

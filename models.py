@@ -9,6 +9,8 @@ import contextlib
 import math
 import os
 import sys
+import time
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -43,13 +45,12 @@ class PatchEmbed(nn.Module):
 class TimestepEmbedder(nn.Module):
     """t (N,) in [0, 1] -> (N, D): 256 sinusoids of t itself (not of 1000 t), cosines first, then an MLP."""
 
-    def __init__(self, width, frequencies=256):
+    def __init__(self, width):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
-        self.half = frequencies // 2
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
-        freqs = torch.exp(-math.log(10000) * torch.arange(self.half, dtype=torch.float32, device=t.device) / self.half)
+        freqs = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32, device=t.device) / 128)
         args = t[:, None].float() * freqs
         return self.mlp(torch.cat([args.cos(), args.sin()], dim=1).to(self.mlp[0].weight.dtype))
 
@@ -198,7 +199,7 @@ def build(name, input_size=32, in_channels=4, num_classes=1000, qk_norm=True):
     return SiT(depth, width, heads, patch, input_size, in_channels, num_classes, qk_norm)
 
 def load_checkpoint(path, name=None, weights="ema"):
-    """Read a checkpoint of this project, REPA or the paper's authors: (SiT on the CPU in eval mode, the file's dict).
+    """Read a checkpoint of this project, REPA or the authors: (SiT with its .name, on the CPU in eval mode; the file).
     Sizes, classes and q/k norm are read off the tensors' shapes; `name` (--model) is only checked against them.
     `weights` is "ema" or "model". Projectors are ignored; any other missing or unknown tensor is a UserError.
     """
@@ -220,6 +221,7 @@ def load_checkpoint(path, name=None, weights="ema"):
     if size is None or name not in (None, size):
         raise UserError(f"{path}: holds {size or f'an unknown size of width {width}'}, not --model {name}")
     model = build(size, side, channels, classes, qk_norm="blocks.0.attn.q_norm.weight" in state)
+    model.name = size
     load_state(model, state, path)
     return model.eval(), file
 
@@ -245,13 +247,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 def run(main):
-    """Call main(); a UserError or OSError becomes one line and status 2. Under torchrun only rank 0 speaks."""
+    """Call main(); a UserError or OSError becomes one line and status 2. Under torchrun rank 0 speaks for all."""
     try:
         main()
     except (UserError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            line = str(error).replace("\n", "\\n")
-            print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
+        line = str(error).replace("\n", "\\n")
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(3)  # where rank 0 failed, too, torchrun ends this process before it repeats the line
+        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
         if dist.is_initialized():
@@ -267,7 +270,7 @@ def load_file(path):
             from safetensors import torch as safetensors
             return safetensors.load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
-            file = torch.load(path, map_location="cpu", weights_only=True)
+            file = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # no zip, half a zip, unsafe pickle, no safetensors package: each raises another type
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(f"{path}: cannot be read: damaged, or more than plain tensors, never run ({reason[:80]})")
@@ -310,3 +313,10 @@ def setup(device="auto"):
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device, *((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1))
+
+def gather(item):
+    """The `item` of every process, in a list by rank."""
+    items = [item] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if len(items) > 1:
+        dist.all_gather_object(items, item)
+    return items

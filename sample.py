@@ -140,8 +140,7 @@ def main():
     if done:
         return print(f"{out}/samples.npz: is complete already, nothing to do") if rank == 0 else None
 
-    start, made = time.time(), 0
-    firsts = range(0, args.num, args.batch_size)
+    firsts, start, made = range(0, args.num, args.batch_size), time.time(), 0
     mine = firsts[rank::world]
     for number, first in enumerate(mine):
         indices = range(first, min(first + args.batch_size, args.num))

@@ -29,7 +29,8 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from models import DEPTHS, Parser, Projector, UserError, atomic_write, build, load_file, load_state, run, setup
+from models import (DEPTHS, Parser, Projector, UserError, atomic_write, build, gather, load_file, load_state, run,
+                    setup)
 from sample import grid, initial_noise, sample
 from vae_latents import LatentFolder, find_vae, to_uint8
 
@@ -70,7 +71,7 @@ def guided_rows(batch, ways, t_min, t_max):
 # ---- The two losses
 class TwoLosses(nn.Module):
     """The network, its projector and both losses: what DDP wraps and torch.compile compiles.
-    forward: x_t, velocity (n, C, H, W), t (n,), y (n,), target of the auxiliary loss for the images in `rows` alone
+    forward: x_t (n, C, H, W), t (n,), y (n,), velocity as x_t, target (of the auxiliary loss) for the `rows` alone
     -> L_diff of each image (n,), auxiliary loss of each image in `rows` (m,), unmasked (None without projector).
     """
     def __init__(self, model, projector=None, depth=None, rows=None):
@@ -105,7 +106,7 @@ def latent_stream(folder, steps, rows_of, device):
 
     threading.Thread(target=read, daemon=True).start()
     for _ in steps:
-        yield tuple(x.to(device, non_blocking=True) for x in ready.get())
+        yield tuple(x.to(device, non_blocking=True) for x in ready.get(timeout=600))  # a dead disk ends the run
 
 # ---- The training loop of both stages
 def train(args, tap, make_projector, make_target, weight, until, aux_name):
@@ -162,6 +163,8 @@ def train(args, tap, make_projector, make_target, weight, until, aux_name):
         optimizer.load_state_dict(saved["opt"])
         sums.copy_(torch.tensor(saved["sums"]))
         del saved
+    if len(set(gather(start))) > 1:
+        raise UserError(f"--out {out}: the processes see checkpoints of different steps; all machines must share it")
     if start == args.steps:
         if rank == 0:
             print(f"{checkpoint}: at step {start}, nothing to do (--steps is the total to reach)")
@@ -229,8 +232,8 @@ def train(args, tap, make_projector, make_target, weight, until, aux_name):
 
     for step in range(start, args.steps):  # steps done so far
         if target and step == until:  # guidance ends: neither teacher nor projector runs from here on
-            target, network = None, wrap(TwoLosses(model))
-            optimizer.zero_grad(set_to_none=True)
+            target = network = None  # their memory is free before the next is wrapped
+            network = wrap(TwoLosses(model))
 
         # What the whole batch sees, drawn on every process alike; then this process's shares
         t, drop, posterior, noise = draw(step, B, shape, args.seed, device)
@@ -305,14 +308,14 @@ def train(args, tap, make_projector, make_target, weight, until, aux_name):
                   + f"  {(args.steps - done) * B / rate / 60:.1f} min left", flush=True)
         if logging:
             sums.zero_()
-        if args.sample_every and done % args.sample_every == 0 and rank == 0:
-            preview(ema, meta, args, device, out / f"grid-{done:07d}.png")
         if saving:
             save(done)
+        if args.sample_every and done % args.sample_every == 0 and rank == 0 and not stop:
+            preview(ema, meta, args, device, out / f"grid-{done:07d}.png")
         if stop and done < args.steps:
             if rank == 0:
                 print(f"stopped by a signal after step {done}, which is saved; the same command continues", flush=True)
-            return
+            sys.exit(143)  # not 0: what needs the finished run must not follow
     if rank == 0:
         print(f"{checkpoint}: done at step {args.steps}", flush=True)
 
@@ -326,14 +329,9 @@ def append(path, record):
 
 def stop_not_finite(step, seen, checkpoint, rank, world):
     """End the run, status 3 on every process: the step was not taken, and nothing was saved after it."""
-    t = torch.cat([t_i[~torch.isfinite(diff)] for t_i, diff in seen]).tolist()
-    everyone = [t]
-    if world > 1:
-        everyone = [None] * world
-        dist.all_gather_object(everyone, t)
-    t = sum(everyone, [])
+    t = sum(gather(torch.cat([t_i[~torch.isfinite(diff)] for t_i, diff in seen]).tolist()), [])
     if rank == 0:
-        where = f"{len(t)} images with t from {min(t):.3f} to {max(t):.3f}" if t else "the gradient, at t from 0 to 1"
+        where = f"{len(t)} images with t from {min(t):.3f} to {max(t):.3f}" if t else "the other loss or the gradient"
         resume = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
         print(f"error: step {step} is not finite ({where}); it was not taken; {resume}", file=sys.stderr, flush=True)
     if world > 1:
@@ -375,7 +373,7 @@ def training_flags(doc, out, seed, aux):
     p.add_argument("--grad-checkpoint", action="store_true", help="recompute blocks when going back: saves memory")
     p.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     p.add_argument("--log-every", type=int, default=100, help="steps (default: 100)")
-    p.add_argument("--save-every", type=int, default=10000, help="steps between milestones (default: %(default)s)")
+    p.add_argument("--save-every", type=int, default=10000, help="steps between checkpoints (default: %(default)s)")
     p.add_argument("--keep", type=int, default=3, help="milestones kept beside ckpt.pt (default: 3)")
     p.add_argument("--sample-every", type=int, default=10000, help="steps between grids, or 0 (default: %(default)s)")
     return p

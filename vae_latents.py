@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from models import Parser, UserError, atomic_write, load_file, load_state, run, setup
+from models import Parser, UserError, atomic_write, gather, load_file, load_state, run, setup
 
 FORMAT = 1  # of the latent folder
 
@@ -177,7 +177,7 @@ def find_vae(path, meta, data):
     own = Path(data) / "vae.pt"
     path = Path(path or (own if own.is_file() else meta["vae"]["path"]))
     if not path.is_file():
-        raise UserError(f"{path}: the VAE that made these latents is not there; name its file with --vae")
+        raise UserError(f"{path}: the VAE of these latents is not there; bring it back (sample.py: or give --vae)")
     return load_vae(path)
 
 def train_small_vae(images, factor, steps, seed, device):
@@ -413,11 +413,7 @@ def encode_folder(source, vae, plan, args, device, rank, world):
             left = (total - done) / rate
             print(f"encoded {done * world}/{total * world}  {rate * world:.0f} images/s  {left:.0f} s left", flush=True)
     status.flush()
-    everyone = [bad]
-    if world > 1:
-        everyone = [None] * world
-        dist.all_gather_object(everyone, bad)
-    bad = sorted(item for items in everyone for item in items)
+    bad = sorted(sum(gather(bad), []))
     files = getattr(source, "files", range(N))
     what = f"{len(bad)} of {N} images cannot be read: " + "; ".join(f"{files[i]} ({why})" for i, why in bad[:5])
     if bad and not args.skip_bad:

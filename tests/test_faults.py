@@ -3,6 +3,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -170,7 +171,7 @@ def test_a_signal_saves_and_leaves_and_the_run_continues(number, processes, data
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert "stopped by a signal after step" in out and "the same command continues" in out, out + err
-    assert process.returncode == 0 or processes == 2  # torchrun itself reports the signal
+    assert process.returncode == 143 or processes == 2  # torchrun itself reports the signal
     stopped = state(tmp_path / "out")["step"]
     assert 0 < stopped < STEPS and f"after step {stopped}," in out
     if processes == 1:
@@ -252,3 +253,20 @@ def test_sampling_killed_and_repeated_is_the_same_for_any_batch_and_process_coun
     ok("sample.py", *flags, "--batch-size", 5, "--out", tmp_path / "c")
     assert np.abs(np.load(tmp_path / "c/samples.npz")["arr_0"].astype(int) - want).max() <= 1  # another shape: rounding only
     assert "nothing to do" in ok("sample.py", *flags, "--batch-size", 4, "--out", tmp_path / "a")
+
+
+def test_machines_that_do_not_share_out_are_told(data, tmp_path):
+    """Two machines with an --out of their own: one finds a checkpoint, the other none; they must not train different networks."""
+    finish(1, data, tmp_path / "one", steps=4)
+    shutil.copytree(tmp_path / "one", tmp_path / "before")
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    machines = [subprocess.Popen(command(1, data, tmp_path / out, steps=8), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                 env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2",
+                                      "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}) for rank, out in enumerate(("one", "other"))]
+    for machine in machines:
+        _, err = machine.communicate(timeout=120)
+        assert machine.returncode == 2 and "all machines must share it" in err and "Traceback" not in err, err
+    assert_same_run(tmp_path / "before", tmp_path / "one")
+    assert not (tmp_path / "other/ckpt.pt").exists()
