@@ -6,8 +6,8 @@
 L = L_diff + 0.5 L_align (Self-Transcendence, arXiv 2601.07773, stage 1). The same command again continues the run.
 
 Training is a function of the step: the data order comes from (seed, epoch); noise, t, posterior sample and label drop
-of step k from (seed, k), drawn for the global batch and cut by process. So a killed run continues bit for bit, and any
-number of processes or accumulation steps walks the same trajectory up to the order of floating-point sums.
+of step k from (seed, k), drawn for the global batch and cut by process. So a killed run continues, on a CPU bit for
+bit, and any number of processes or accumulation steps walks the same trajectory, up to the order of its sums.
 """
 import argparse
 import contextlib

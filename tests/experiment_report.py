@@ -59,8 +59,8 @@ def cost(name):
         return 1 + head / vanilla, 0.0
     _, depth, _ = DEPTHS[args["model"]]
     twice = 2 * share * model.forward_flops() * depth / model.depth
-    before = Path(args["teacher"]).parent.name
-    return 1 + (head + twice) / vanilla, cost(before)[0] * arguments(before)["steps"]
+    source = load_teacher(args["teacher"])[1]["source"]
+    return 1 + (head + twice) / vanilla, cost(Path(source["ckpt"]).parent.name)[0] * source["step"]
 
 
 def curves(results):
@@ -125,14 +125,31 @@ def features(images=6, tile=64):
     sheet.save(ASSETS / "cifar10_features.png", optimize=True)
 
 
+@torch.no_grad()
+def between_classes(images=50):
+    """Share of all tokens' variance that lies between the classes' means, of f_c and f_g, over `images` of each class."""
+    teacher, _ = load_teacher(arguments("s10-seed1")["teacher"])
+    folder = LatentFolder(arguments("s10-seed1")["data"])
+    rows = np.concatenate([np.flatnonzero(folder.labels.numpy() == label)[:images] for label in range(10)])
+    for t in (0.4, 0.55, 0.7):
+        _, x_t, times, y = noisy(folder, rows, t, "cpu", 0)
+        f_c, f_u = teacher(x_t, times, y), teacher(x_t, times, torch.full_like(y, 10))
+        line = f"t = {t:g}: |f_c - f_u| / |f_u| = {((f_c - f_u).norm() / f_u.norm()).item():.2f}; between classes:"
+        for name, f in (("f_c", f_c), *((f"f_g {s}", f_u + s * (f_c - f_u)) for s in (3, 10, 30))):
+            means = torch.stack([f[y == label].mean(dim=(0, 1)) for label in range(10)])[y]
+            share = (means - f.mean(dim=(0, 1))).square().sum() * f.shape[1] / (f - f.mean(dim=(0, 1))).square().sum()
+            line += f"  {name} {100 * share.item():.0f} %"
+        print(line)
+
+
 if __name__ == "__main__":
     results = judged()
     steps = sorted({step for run in results.values() for step in run})
-    print("| FD-CNN, agreement after | seed |" + "".join(f" {step} |" for step in steps) + " total compute |\n|---|---|" + "---|" * (len(steps) + 1))
+    print("| FD-CNN, agreement after | seed |" + "".join(f" {step} |" for step in steps) + " compute |\n|---|---|" + "---|" * (len(steps) + 1))
     for (kind, seed), run in results.items():
         step_cost, before = cost(f"{kind}-seed{seed}")
         print(f"| {RUNS[kind]} | {seed} |" + "".join(f" {run[s][0]:.1f}, {100 * run[s][1]:.1f} % |" if s in run else " |" for s in steps)
-              + f" {before:.0f} + {max(run)} x {step_cost:.2f} |")
+              + f" {before + max(run) * step_cost:.0f} |")
     print("\nmean of the last 10 log lines")
     for kind, seed in results:
         last = [json.loads(line) for line in (E / f"{kind}-seed{seed}/log.jsonl").read_text().splitlines()][-10:]
@@ -140,3 +157,4 @@ if __name__ == "__main__":
     curves(results)
     side_by_side()
     features()
+    between_classes()
