@@ -45,8 +45,8 @@ if [ -n "${IMAGES:-}" ]; then source="--dataset folder --images $IMAGES --image-
 
 # The student of one seed has the teacher of the other: it never starts from its teacher's own initialisation
 together <<END
-stage1 stage1-seed1 1 $STEPS && teacher stage1-seed1 $STEPS stage1-seed1 && measure stage1-seed1 2 4
-stage1 stage1-seed2 2 $STEPS && teacher stage1-seed2 $STEPS stage1-seed2 && measure stage1-seed2 2 4
+stage1 stage1-seed1 1 $STEPS && teacher stage1-seed1 $STEPS stage1-seed1 && measure stage1-seed1 4
+stage1 stage1-seed2 2 $STEPS && teacher stage1-seed2 $STEPS stage1-seed2 && measure stage1-seed2 4
 END
 together <<END
 stage1 vanilla-seed1 1 $((2 * STEPS)) --align-weight 0 && measure vanilla-seed1 1 2 3 4 6 8
