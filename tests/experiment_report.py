@@ -1,6 +1,6 @@
 """The experiment's table and pictures, from what tests/experiment.sh left in out/cifar10.
 
-    python tests/experiment_report.py          # -> assets/cifar10_{curves,samples,features}.png, and the tables on stdout
+    python tests/experiment_report.py          # -> assets/cifar10_{curves.png,samples.jpg,features.png}, and the tables on stdout
 """
 import json
 import sys
@@ -44,7 +44,7 @@ def arguments(name):
 
 
 def cost(name):
-    """Multiply-adds of a training step by what runs in it, in vanilla steps: (this run's step, its teacher's whole training)."""
+    """Multiply-adds in vanilla steps, by what runs: (a step of this run while guided or aligned, its teacher's whole training)."""
     args = arguments(name)
     model = build(args["model"], 8, 4, 10)
     tokens, B = (model.input_size // model.patch) ** 2, args["batch_size"]
@@ -63,6 +63,13 @@ def cost(name):
     return 1 + (head + twice) / vanilla, cost(Path(source["ckpt"]).parent.name)[0] * source["step"]
 
 
+def total(name, step):
+    """Everything that went into the network until `step`, in vanilla steps: its teacher's training, the teacher's forwards."""
+    each, before = cost(name)
+    guided = min(step, arguments(name).get("guide_steps", step))
+    return before + guided * each + (step - guided)
+
+
 def curves(results):
     """FD-CNN and agreement over steps, and over all compute that went into the network, its teacher's training and forwards too."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharey="row", sharex="col")
@@ -70,12 +77,11 @@ def curves(results):
         if kind not in CURVES:
             continue
         label, colour = CURVES[kind]
-        step_cost, before = cost(f"{kind}-seed{seed}")
         for row, scale in ((0, 1), (1, 100)):
             values = [scale * value[row] for value in run.values()]
             style = dict(color=colour, marker="o" if seed == 1 else "s", markersize=4, linestyle="-" if seed == 1 else "--")
             axes[row, 0].plot(list(run), values, label=f"{label}, seed {seed}", **style)
-            axes[row, 1].plot([before + step * step_cost for step in run], values, **style)
+            axes[row, 1].plot([total(f"{kind}-seed{seed}", step) for step in run], values, **style)
     axes[0, 0].set(ylabel="FD-CNN (lower is better)", title="at equal steps")
     axes[0, 1].set(title="at equal total compute, teacher counted")
     axes[1, 0].set(xlabel="optimizer steps, batch 32", ylabel="given the class asked for, % (higher is better)")
@@ -83,7 +89,7 @@ def curves(results):
     for axis in axes.flat:
         axis.grid(alpha=0.3)
         axis.set_xlim(left=0)
-    axes[0, 0].legend(fontsize=8)
+    axes[0, 0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(ASSETS / "cifar10_curves.png", dpi=90)
 
@@ -96,7 +102,7 @@ def side_by_side():
         picture = grid(np.load(E / name / "picture/samples.npz")["arr_0"][:60], 10).resize((480, 288), Image.LANCZOS)
         sheet.paste(picture, (number * 490, 18))
         ImageDraw.Draw(sheet).text((number * 490 + 2, 3), label, fill="black")
-    sheet.quantize(256).save(ASSETS / "cifar10_samples.png", optimize=True)  # a palette: under 300 KB
+    sheet.save(ASSETS / "cifar10_samples.jpg", quality=92)
 
 
 @torch.no_grad()
@@ -147,9 +153,8 @@ if __name__ == "__main__":
     steps = sorted({step for run in results.values() for step in run})
     print("| FD-CNN, agreement after | seed |" + "".join(f" {step} |" for step in steps) + " compute |\n|---|---|" + "---|" * (len(steps) + 1))
     for (kind, seed), run in results.items():
-        step_cost, before = cost(f"{kind}-seed{seed}")
         print(f"| {RUNS[kind]} | {seed} |" + "".join(f" {run[s][0]:.1f}, {100 * run[s][1]:.1f} % |" if s in run else " |" for s in steps)
-              + f" {before + max(run) * step_cost:.0f} |")
+              + f" {total(f'{kind}-seed{seed}', max(run)):.0f} |")
     print("\nmean of the last 10 log lines")
     for kind, seed in results:
         last = [json.loads(line) for line in (E / f"{kind}-seed{seed}/log.jsonl").read_text().splitlines()][-10:]
