@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Does it help? The README's experiment on CIFAR-10: about four hours on 2 CPU cores, JOBS trainings at a time, one core each.
+# Does it help? The README's experiment on CIFAR-10: two and a half hours on 2 CPU cores, JOBS trainings at a time, one core each.
 # Start it with `make experiment`; IMAGES=DIR (DIR/<class>/*.png, the training images) spares the download. Run again, it goes on.
 # JOBS=1 OMP_NUM_THREADS=16, or a GPU, runs them one after the other.
 set -eu
