@@ -181,8 +181,8 @@ def test_a_signal_saves_and_leaves_and_the_run_continues(number, processes, data
 
 
 def test_a_second_signal_leaves_at_once(data, tmp_path):
-    """Twice within one long step (8 parts of it): it does not wait for the step's end, and saves nothing."""
-    process = start(1, data, tmp_path / "out", steps=100000, extra=["--batch-size", 48, "--accum", 8, "--model", "SiT-S/2"])
+    """Twice within one step of 64 parts, far longer than the signals are apart: it does not wait for the step's end, and saves nothing."""
+    process = start(1, data, tmp_path / "out", steps=100000, extra=["--batch-size", 384, "--accum", 64, "--model", "SiT-S/2"])
     for line in process.stdout:
         if "steps 0" in line:
             break
