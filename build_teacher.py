@@ -183,14 +183,14 @@ def main():
         folder = LatentFolder(data)
         vae = find_vae(None, folder.meta, data).to(device)
         depths = sorted({*range(2, model.depth + 1, max(1, model.depth // 8)), depth, student_depth})
-        table = probe(model, folder, depths, scales, min(args.probe_num, len(folder)), args.t, device)
-        header = list(table[depth])
+        table = probe(model, folder, depths, scales, args.probe_num, args.t, device)
+        header, num = list(table[depth]), min(args.probe_num, len(folder))
         print(f"k-NN accuracy at t = {args.t:g} of mean-pooled features; f_c and f_g were told the label, f_u was not\n"
               "block  " + "".join(f"{title:>9}" for title in header))
         for block, line in table.items():
             print(f"{block:5}  " + "".join(f"{line[title]:9.3f}" for title in header) + "   <- dt" * (block == depth))
         with atomic_write(out / "probe.json") as f:
-            f.write(json.dumps({"t": args.t, "num": args.probe_num, "blocks": table}, indent=1).encode())
+            f.write(json.dumps({"t": args.t, "num": num, "blocks": table}, indent=1).encode())
         sheet = picture(model, folder, vae, student_depth, depth, args.guide_scale, args.t, device)
         with atomic_write(out / "teacher.png") as f:
             sheet.save(f, format="PNG")

@@ -133,14 +133,11 @@ class Step:
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1e-4)
 
 
-def arithmetic(step):
-    """FLOPs of (our guided step, the naive one), in vanilla steps."""
-    model, r = step.model, step.rows
-    share, vanilla = (r.stop - r.start) / step.batch, 3 * model.forward_flops()
+def arithmetic(model, projector, teacher_depth=0):
+    """FLOPs in vanilla steps of what an auxiliary loss adds on the whole batch: the projector, and the teacher's two forwards."""
     tokens = (model.input_size // model.patch) ** 2
-    teacher = 2 * model.forward_flops() * step.dt / model.depth
-    head = 3 * 2 * tokens * sum(p.numel() for p in step.projector.parameters() if p.ndim == 2)
-    return 1 + share * (teacher + head) / vanilla, 1 + (teacher + head) / vanilla
+    head = 3 * 2 * tokens * sum(p.numel() for p in projector.parameters() if p.ndim == 2)
+    return (2 * model.forward_flops() * teacher_depth / model.depth + head) / (3 * model.forward_flops())
 
 
 def bench_step(device, repeats):
@@ -158,9 +155,10 @@ def bench_step(device, repeats):
               f"(warm-up and {repeats} rounds {time.perf_counter() - start:.0f} s)\n  same weights, same t: loss naive {a:.6f}, ours {b:.6f}")
         for kind, seconds in times.items():
             print(f"  {kind:12} {1e3 * statistics.median(seconds):9.1f} ms")
-        guided, naive = arithmetic(steps["ours"])
-        for title, slow, fast, expected in (("naive / ours while guided  ", "naive", "ours", naive / guided),
-                                            ("naive / ours after guidance", "naive after", "vanilla", naive),
+        extra, rows = arithmetic(naive.model, naive.projector, naive.dt), naive.rows
+        guided, whole = 1 + extra * (rows.stop - rows.start) / batch, 1 + extra
+        for title, slow, fast, expected in (("naive / ours while guided  ", "naive", "ours", whole / guided),
+                                            ("naive / ours after guidance", "naive after", "vanilla", whole),
                                             ("ours guided / vanilla      ", "ours", "vanilla", guided)):
             print(f"  {title} {ratio(times, slow, fast):5.2f}x   (multiply-adds alone: {expected:.2f}x)")
 

@@ -2,6 +2,7 @@
 
     python tests/experiment_report.py          # -> assets/cifar10_{curves.png,samples.jpg,features.png}, and the tables on stdout
 """
+import functools
 import json
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from bench import arithmetic
 from build_teacher import all_features, load_teacher, noisy, pca_rgb
 from models import DEPTHS, Projector, build, load_checkpoint
 from sample import grid
@@ -39,28 +41,24 @@ def judged():
     return {key: dict(sorted(results[key].items())) for key in sorted(results, key=lambda key: (list(RUNS).index(key[0]), key[1]))}
 
 
+@functools.cache
 def arguments(name):
     return load_checkpoint(E / name / "ckpt.pt")[1]["args"]
 
 
+@functools.cache
 def cost(name):
     """Multiply-adds in vanilla steps, by what runs: (a step of this run while guided or aligned, its teacher's whole training)."""
     args = arguments(name)
-    model = build(args["model"], 8, 4, 10)
-    tokens, B = (model.input_size // model.patch) ** 2, args["batch_size"]
-    rows = guided_rows(B, 1, args["t_min"], args["t_max"])
-    share = (rows.stop - rows.start) / B
-    vanilla = 3 * model.forward_flops()
     if args.get("align_weight") == 0:
         return 1.0, 0.0
-    projector = Projector(model.width, args["projector_dim"])
-    head = 3 * 2 * tokens * sum(p.numel() for p in projector.parameters() if p.ndim == 2) * share
+    model, rows = build(args["model"], 8, 4, 10), guided_rows(args["batch_size"], 1, args["t_min"], args["t_max"])
+    share, projector = (rows.stop - rows.start) / args["batch_size"], Projector(model.width, args["projector_dim"])
     if "teacher" not in args:
-        return 1 + head / vanilla, 0.0
-    _, depth, _ = DEPTHS[args["model"]]
-    twice = 2 * share * model.forward_flops() * depth / model.depth
+        return 1 + share * arithmetic(model, projector), 0.0
     source = load_teacher(args["teacher"])[1]["source"]
-    return 1 + (head + twice) / vanilla, cost(Path(source["ckpt"]).parent.name)[0] * source["step"]
+    before = cost(Path(source["ckpt"]).parent.name)[0] * source["step"]
+    return 1 + share * arithmetic(model, projector, DEPTHS[args["model"]][1]), before
 
 
 def total(name, step):
