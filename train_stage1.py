@@ -50,7 +50,7 @@ def batch_indices(step, batch, N, seed):
 def permutation(N, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(N)
 
-def draw(step, batch, shape, seed, device):
+def draw(step, batch, shape, seed, device, label_drop=0.1):
     """What is random in a step of the global batch: t (B,), label drop (B,), posterior noise and noise (B, *shape).
     t is stratified: t_i = (i + u_i) / B. Each image's stratum is drawn evenly, for the batch comes from a random
     permutation; t covers [0, 1] with less variance than independent draws; and a range of t is a range of i.
@@ -58,7 +58,7 @@ def draw(step, batch, shape, seed, device):
     generator = torch.Generator(device).manual_seed((seed * 0x9E3779B1 + step) % 2 ** 32)
     u, drop = torch.rand(2, batch, generator=generator, device=device)
     posterior, noise = torch.randn(2, batch, *shape, generator=generator, device=device)
-    return (torch.arange(batch, device=device) + u) / batch, drop < 0.1, posterior, noise
+    return (torch.arange(batch, device=device) + u) / batch, drop < label_drop, posterior, noise
 
 def guided_rows(batch, ways, t_min, t_max):
     """The slice of each of `ways` shares (way w holds strata w, w + ways, ...) in which t_min <= t <= t_max can occur.
@@ -166,9 +166,7 @@ def train(args, tap, make_projector, make_target, weight, until, aux_name):
     if len(set(gather(start))) > 1:
         raise UserError(f"--out {out}: the processes see checkpoints of different steps; all machines must share it")
     if start == args.steps:
-        if rank == 0:
-            print(f"{checkpoint}: at step {start}, nothing to do (--steps is the total to reach)")
-        return
+        return print(f"{checkpoint}: is at step {start}, nothing to do (--steps is the total)") if rank == 0 else None
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         for name in ("log.jsonl", "timing.jsonl"):  # forget what was logged after the checkpoint: it will be again
@@ -236,7 +234,7 @@ def train(args, tap, make_projector, make_target, weight, until, aux_name):
             network = wrap(TwoLosses(model))
 
         # What the whole batch sees, drawn on every process alike; then this process's shares
-        t, drop, posterior, noise = draw(step, B, shape, args.seed, device)
+        t, drop, posterior, noise = draw(step, B, shape, args.seed, device, args.label_drop)
         moments, labels = next(stream)
         stats, seen = torch.zeros(2, device=device), []
         for way, moments_i, y_true in zip(mine, moments.split(n), labels.split(n)):
@@ -364,6 +362,7 @@ def training_flags(doc, out, seed, aux):
     p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (default: 1.0, paper)")
     p.add_argument("--ema", type=float, default=0.9999, help="decay of the averaged weights (default: 0.9999, paper)")
     p.add_argument("--ema-ramp", action="store_true", help="decay at most (1 + step) / (10 + step): for short runs")
+    p.add_argument("--label-drop", type=float, default=0.1, help="share of null labels (default: 0.1, paper)")
     p.add_argument("--seed", type=int, default=seed, help="of everything random (default: %(default)s)")
     p.add_argument("--t-min", type=float, default=0.4, help=f"{aux} counts from this t on (default: 0.4, paper)")
     p.add_argument("--t-max", type=float, default=0.7, help="and up to this one (default: 0.7, paper)")
@@ -384,8 +383,8 @@ def checked(args):
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if not 0 <= args.t_min < args.t_max <= 1:
         raise UserError(f"--t-min {args.t_min} --t-max {args.t_max}: must satisfy 0 <= t-min < t-max <= 1")
-    if args.lr <= 0 or not 0 <= args.ema < 1 or args.clip <= 0 or args.seed < 0:
-        raise UserError("--lr and --clip must be positive, --ema in [0, 1) and --seed not negative")
+    if args.lr <= 0 or args.clip <= 0 or args.seed < 0 or not all(0 <= x < 1 for x in (args.ema, args.label_drop)):
+        raise UserError("--lr and --clip must be positive, --ema and --label-drop in [0, 1), --seed not negative")
     return args
 
 def main():

@@ -117,7 +117,8 @@ def test_unwritable_or_bad_vae(refused, tmp_path):
 @pytest.mark.parametrize("flags,says", [
     (["--batch-size", "9", "--accum", "2"], "--batch-size 9"), (["--batch-size", "0"], "--batch-size 0"), (["--align-depth", "9"], "--align-depth 9"),
     (["--align-depth", "0"], "--align-depth 0"), (["--t-min", "0.7", "--t-max", "0.4"], "--t-min 0.7"), (["--t-min", "0.5", "--t-max", "0.5"], "t-min < t-max"),
-    (["--model", "SiT-H/2"], "SiT-XL/2"), (["--model", "banana"], "banana"), (["--lr", "-1"], "--lr"), (["--align-weight", "-1"], "--align-weight"),
+    (["--model", "SiT-H/2"], "SiT-XL/2"), (["--model", "banana"], "banana"), (["--lr", "-1"], "--lr"), (["--ema", "1"], "--ema"),
+    (["--label-drop", "1"], "--label-drop"), (["--align-weight", "-1"], "--align-weight"),
     (["--seed", "-1"], "--seed"), (["--steps", "many"], "--steps"), (["--setps", "4"], "--setps"), (["--device", "tpu9"], "tpu9"), (["--device", "cuda"], "CUDA")])
 def test_bad_training_flags(refused, train, flags, says):
     if flags[-1] == "cuda" and torch.cuda.is_available():

@@ -220,6 +220,20 @@ def test_teacher_and_projector_rest_after_guide_steps(guide_steps, calls, tmp_pa
         assert counted["images"] == {rows.stop - rows.start} and rows.stop - rows.start < 8  # the slice alone
 
 
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.6])
+def test_the_network_is_told_the_null_label_where_one_was_dropped(share, tmp_path, monkeypatch):
+    told, forward = [], train_stage1.TwoLosses.forward
+    monkeypatch.setattr(train_stage1.TwoLosses, "forward", lambda self, x, t, y, *rest: (told.append(y), forward(self, x, t, y, *rest))[1])
+    flags = ["--data", write_folder(tmp_path / "d"), "--out", tmp_path / "o", "--steps", 5, "--label-drop", share, "--seed", 3]
+    monkeypatch.setattr("sys.argv", ["x", *map(str, [*TRAIN, *flags])])
+    train_stage1.main()
+    folder = train_stage1.LatentFolder(tmp_path / "d")
+    labels = [folder.labels[batch_indices(step, 8, len(folder), 3)] for step in range(5)]
+    dropped = [draw(step, 8, (4, 16, 16), 3, "cpu", share)[1] for step in range(5)]
+    assert torch.equal(torch.stack(told), torch.where(torch.stack(dropped), 10, torch.stack(labels)))
+    assert (torch.stack(dropped).double().mean() - share).abs() < 0.2
+
+
 def test_weight_zero_is_vanilla(tmp_path, monkeypatch):
     monkeypatch.setattr(Projector, "forward", lambda self, x: pytest.fail("the projector ran"))
     monkeypatch.setattr("sys.argv", ["x", *TRAIN, "--data", str(write_folder(tmp_path / "d")), "--out", str(tmp_path / "o"), "--steps", "2",
