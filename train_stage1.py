@@ -137,8 +137,7 @@ def train(args, tap, make_projector, make_target, weight, until, aux_name):
     weights, averages = list(model.parameters()), list(ema.parameters())
     parameters = weights + (list(projector.parameters()) if projector else [])
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-    start = 0
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # since a log line: L_diff, L_aux, grad norm, steps
+    start, sums = 0, torch.zeros(4, dtype=torch.float64, device=device)  # since a log line: L_diff, L_aux, grad, steps
 
     # ---- continue where the last checkpoint stands
     args.stage = aux_name  # so that one stage never continues the other's run
@@ -196,7 +195,11 @@ def train(args, tap, make_projector, make_target, weight, until, aux_name):
                 if step % args.save_every == 0:  # a milestone: a second name for the same file
                     milestone = out / f"ckpt-{step:07d}.pt"
                     milestone.unlink(missing_ok=True)
-                    os.link(checkpoint, milestone)
+                    try:
+                        os.link(checkpoint, milestone)
+                    except OSError:  # a file system without hard links: a copy
+                        with atomic_write(milestone) as file, open(checkpoint, "rb") as whole:
+                            file.writelines(whole)
                     for old in sorted(out.glob("ckpt-*.pt"))[:-args.keep or None]:
                         old.unlink()
             except (UserError, OSError) as error:
@@ -223,7 +226,6 @@ def train(args, tap, make_projector, make_target, weight, until, aux_name):
     stream = latent_stream(folder, range(start, args.steps), rows_of, device)
     target = make_target(model, device) if projector and start < until else None
     network = wrap(TwoLosses(model, projector, tap, rows) if target else TwoLosses(model))
-    model.train()
     flops, kind = 3 * model.forward_flops(), torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((value for key, value in PEAK_TFLOPS.items() if key in kind), None)
     pending, clock, clock_step = [], time.time(), start
@@ -304,7 +306,6 @@ def train(args, tap, make_projector, make_target, weight, until, aux_name):
                   f"grad {grad_norm / count:.3f}  {rate:.0f} images/s  {tflops:.2f} TFLOP/s"
                   + (f" = {100 * tflops / peak:.0f} % MFU" if peak else "")
                   + f"  {(args.steps - done) * B / rate / 60:.1f} min left", flush=True)
-        if logging:
             sums.zero_()
         if saving:
             save(done)

@@ -213,6 +213,16 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(data, tmp_path):
     assert_same_run(tmp_path / "whole", out)
 
 
+def test_milestones_without_hard_links_are_copies(data, tmp_path, monkeypatch):
+    def refuse(*names):
+        raise PermissionError(1, "Operation not permitted")
+    monkeypatch.setattr(os, "link", refuse)
+    finish(1, data, tmp_path / "out", steps=12, extra=["--keep", 2])
+    assert sorted(f.name for f in (tmp_path / "out").glob("ckpt-*.pt")) == ["ckpt-0000008.pt", "ckpt-0000012.pt"]
+    assert (tmp_path / "out/ckpt-0000012.pt").read_bytes() == (tmp_path / "out/ckpt.pt").read_bytes()
+    assert torch.load(tmp_path / "out/ckpt-0000008.pt", weights_only=True)["step"] == 8
+
+
 def test_only_the_last_milestones_are_kept(data, tmp_path):
     finish(1, data, tmp_path / "out", steps=20, extra=["--keep", 2])
     assert sorted(f.name for f in (tmp_path / "out").glob("ckpt-*.pt")) == ["ckpt-0000016.pt", "ckpt-0000020.pt"]
