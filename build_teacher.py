@@ -43,7 +43,7 @@ def guided_features(teacher, x_t, t, y, scale):
     f_c - f_u is a small difference of large numbers, and s = 30 multiplies its rounding error.
     """
     null = torch.full_like(y, teacher.num_classes)
-    # f_g off by (s = 30; tests/bench.py --only precision): bfloat16 2.6 to 3.8 %, float16, as fast, 0.3 to 0.5 %
+    # f_g off by (s = 30; tests/bench.py --only precision): bfloat16 2.6 to 3.8 %, float16 0.3 to 0.5 %
     with torch.autocast(x_t.device.type, torch.float16, enabled=x_t.is_cuda):
         f = teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null])).float()
     f_cond, f_uncond = f.chunk(2)

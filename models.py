@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 SIZES = {f"SiT-{size}/{patch}": (*dims, patch)
          for size, dims in {"Ti": (8, 128, 4), "S": (12, 384, 6), "B": (12, 768, 12),
                             "L": (24, 1024, 16), "XL": (28, 1152, 16)}.items() for patch in (2, 4, 8)}
-# Blocks are counted from 1: stage 1 aligns d1, the teacher gives dt, the student's ds regresses it (METHOD: Settings).
+# Blocks from 1: stage 1 aligns d1, the teacher gives dt, the student's ds regresses it (the authors': B, d1 of XL).
 DEPTHS = {f"SiT-{size}/{patch}": depths for patch in (2, 4, 8) for size, depths in {
     "Ti": (2, 5, 4), "S": (2, 8, 6), "B": (2, 8, 6), "L": (8, 16, 12), "XL": (8, 19, 14)}.items()}
 

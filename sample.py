@@ -27,7 +27,7 @@ def sample(model, noise, y, num_classes, steps=250, mode="sde", cfg=1.0, guidanc
     model: SiT or any callable (x, t, y) -> (velocity, ...); noise (N, C, H, W) at t = 1; y (N,) int64; `num_classes` is
     the null label. Guidance v_u + cfg (v_c - v_u) acts where guidance_low <= t <= guidance_high; elsewhere, and for
     cfg = 1, only the conditional branch is run. `seed`, for the SDE's noise: one int for each image, or the first's.
-    Returns scaled latents (N, C, H, W) float64: divide by the VAE's scale before decoding. METHOD: Sampling.
+    Returns scaled latents (N, C, H, W) float64: divide by the VAE's scale before decoding. Equations: SiT, REPA.
     """
     x = noise.double()  # the state in float64, the network in its own precision
     null = torch.full_like(y, num_classes)

@@ -23,8 +23,8 @@ sampling="--num 500 --mode euler --steps 25"
 
 run python vae_latents.py --dataset shapes --out data/shapes
 run python train_stage1.py $settings $steps --out out/demo/stage1
-unless out/demo/teacher/teacher.pt python build_teacher.py --ckpt out/demo/stage1/ckpt.pt --out out/demo/teacher
-run python train_stage2.py $settings $steps --teacher out/demo/teacher/teacher.pt --guide-scale 5 --guide-steps 2000 --out out/demo/stage2
+unless out/demo/teacher/teacher.pt python build_teacher.py --ckpt out/demo/stage1/ckpt.pt --guide-scale 5 --probe-scales 3,5,10,30 --out out/demo/teacher
+run python train_stage2.py $settings $steps --teacher out/demo/teacher/teacher.pt --guide-steps 2000 --out out/demo/stage2
 run python train_stage1.py $settings $steps --align-weight 0 --seed 1 --out out/demo/vanilla
 for net in stage2 vanilla; do
     for cfg in 1 4; do

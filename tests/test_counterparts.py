@@ -229,10 +229,10 @@ def test_a_foreign_checkpoint_samples(foreign, tmp_path):
     assert result.returncode == 2 and "--vae" in result.stderr
 
 
-# ---- the samplers against METHOD.md's equations in float64
+# ---- the samplers against their equations in float64
 
 def transcription(model, x, y, null, steps, mode, cfg, low, high, noises):
-    """Sampling as METHOD.md words it, one branch at a time."""
+    """Sampling as the papers word it, one branch at a time."""
     def velocity(x, t, labels):
         return model(x, torch.full((len(x),), t, dtype=torch.float64), labels)[0]
 

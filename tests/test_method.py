@@ -1,4 +1,4 @@
-"""The method against METHOD.md's equations: losses by float64 loops, the stratified slice, the teacher, the samplers' statistics."""
+"""The method against the paper's equations: losses by float64 loops, the stratified slice, the teacher, the samplers' statistics."""
 import math
 
 import numpy as np
@@ -80,7 +80,7 @@ def test_every_epoch_visits_every_image_once():
 # ---- the losses, against loops in float64
 
 def reference_losses(model, projector, depth, x0, eps, t, y, target_of, t_min, t_max):
-    """METHOD.md, read aloud: one image at a time, the mask by an `if`, the mean over the whole batch."""
+    """The losses, read aloud: one image at a time, the mask by an `if`, the mean over the whole batch."""
     diff, aux = 0.0, 0.0
     for i in range(len(t)):
         x_t = (1 - t[i]) * x0[i] + t[i] * eps[i]
@@ -131,7 +131,7 @@ def test_losses_against_float64_loops(batch, ways, stage, tmp_path):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_what_the_loop_logs_is_the_formula(stage, tmp_path, monkeypatch):
-    """One real step of train(): the logged losses are METHOD.md's, for a network that is known (the freshly built one)."""
+    """One real step of train(): the logged losses are the paper's, for a network that is known (the freshly built one)."""
     data, out = write_folder(tmp_path / "data"), tmp_path / "out"
     flags = [*TRAIN, "--data", data, "--out", out, "--steps", 1, "--log-every", 1, "--seed", 5]
     folder = train_stage1.LatentFolder(data)
