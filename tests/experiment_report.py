@@ -27,7 +27,8 @@ import matplotlib.pyplot as plt
 E, ASSETS = Path("out/cifar10"), ROOT / "assets"
 RUNS = {"vanilla": "vanilla SiT", "stage1": "stage 1: aligned with the velocity", "s1": "stage 2, s = 1 (f_g = f_c)", "s3": "stage 2, s = 3",
         "s10": "stage 2, s = 10", "s30": "stage 2, s = 30", "half": "stage 2, s = 10, guided for half of the steps",
-        "short": "stage 2, s = 10, teacher of a quarter of the steps", "latent": "stage 2, s = 10, teacher aligned with x0"}
+        "short": "stage 2, s = 10, teacher of a quarter of the steps", "latent": "stage 2, s = 10, teacher aligned with x0",
+        "drop": "stage 2, s = 10, teacher trained with 30 % null labels", "light": "stage 2, s = 30, weight 0.05 (others: 0.5)"}
 CURVES = {"vanilla": ("vanilla SiT", "tab:gray"), "stage1": ("stage 1", "tab:blue"), "s10": ("Self-Transcendence", "tab:red"),
           "half": ("..., guided for half of the steps", "tab:purple"), "short": ("..., teacher of a quarter of the steps", "tab:orange")}
 
@@ -77,17 +78,17 @@ def curves(results):
         label, colour = CURVES[kind]
         for row, scale in ((0, 1), (1, 100)):
             values = [scale * value[row] for value in run.values()]
-            style = dict(color=colour, marker="o" if seed == 1 else "s", markersize=4, linestyle="-" if seed == 1 else "--")
-            axes[row, 0].plot(list(run), values, label=f"{label}, seed {seed}", **style)
+            style = dict(color=colour, marker="os^"[seed - 1], markersize=4, linestyle=["-", "--", ":"][seed - 1])
+            axes[row, 0].plot(list(run), values, label=label if seed == 1 else None, **style)
             axes[row, 1].plot([total(f"{kind}-seed{seed}", step) for step in run], values, **style)
-    axes[0, 0].set(ylabel="FD-CNN (lower is better)", title="at equal steps")
+    axes[0, 0].set(ylabel="FD-CNN (lower is better)", title="at equal steps (seeds 1, 2, 3: circle, square, triangle)")
     axes[0, 1].set(title="at equal total compute, teacher counted")
-    axes[1, 0].set(xlabel="optimizer steps, batch 32", ylabel="given the class asked for, % (higher is better)")
+    axes[1, 0].set(xlabel="optimizer steps, batch 32", ylabel="class asked for, % (higher is better)")
     axes[1, 1].set(xlabel="vanilla steps' worth of floating-point operations")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
         axis.set_xlim(left=0)
-    axes[0, 0].legend(fontsize=7)
+    axes[0, 0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(ASSETS / "cifar10_curves.png", dpi=90)
 
