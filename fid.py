@@ -267,8 +267,7 @@ def describe(path, network, args, limit=None):
             probs.append(p)
         side.update(count=statistics.count, features=torch.cat(features), probs=torch.cat(probs))
         if limit and side["count"] > limit:
-            keep = torch.linspace(0, side["count"] - 1, limit, device=device).long()
-            side["features"] = side["features"][keep]
+            side["features"] = side["features"][torch.linspace(0, side["count"] - 1, limit, device=device).long()]
     if saved is None:
         saved = dict(zip(("mu", "sigma", "mu_s", "sigma_s"), (*statistics.finish(), *spatial.finish())))
     return {**side, **saved}
@@ -285,9 +284,9 @@ def main():
     p.add_argument("--save-stats", metavar="FILE", help="save the samples' statistics as .npz, a reference for later")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there")
     args = p.parse_args()
+    torch.backends.cudnn.allow_tf32 = False  # it would shift the features
     network = load_inception(args.weights).to(args.device)
-    samples = describe(args.samples, network, args)
-    results = {}
+    samples, results = describe(args.samples, network, args), {}
     if args.reference:
         reference = describe(args.reference, network, args, limit=PR_NUM)
         if samples["size"] and reference["size"] and samples["size"] != reference["size"]:

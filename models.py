@@ -1,8 +1,7 @@
 """SiT: a diffusion transformer with DiT's adaLN-Zero blocks that predicts a velocity in VAE latent space. Start here.
 
 Sources: DiT (Peebles & Xie 2023, arXiv 2212.09748), SiT (Ma et al. 2024, arXiv 2401.08740), REPA (Yu et al. 2025,
-arXiv 2410.06940). Names in the state dict are theirs, so their checkpoints load here. What every script shares is at
-the end.
+arXiv 2410.06940). Names in the state dict are theirs, so their checkpoints load here. Last: what every script shares.
 """
 import argparse
 import contextlib
@@ -251,14 +250,14 @@ def run(main):
     try:
         main()
     except (UserError, OSError) as error:
-        line = str(error).replace("\n", "\\n")
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # where rank 0 failed, too, torchrun ends this process before it repeats the line
-        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
+        print(f"{Path(sys.argv[0]).name}: error: {error}".replace("\n", "\\n"), file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+            time.sleep(0.5)  # gloo's threads let go of their last tensors; one that did so at Python's end would abort
 
 def load_file(path):
     """torch.load of plain tensors, plain Python and argparse.Namespace (REPA keeps its arguments so); never code."""

@@ -93,15 +93,15 @@ def latent_stream(folder, steps, rows_of, device):
     if on_device or device.type == "cpu":
         moments = torch.from_numpy(folder.moments[:]).to(device) if on_device else folder.moments
         labels = folder.labels.to(device)
-        for step in steps:
-            rows = rows_of(step)
-            yield torch.as_tensor(moments[torch.from_numpy(rows).to(device) if on_device else rows]), labels[rows]
+        for rows in map(rows_of, steps):
+            if on_device:  # from pinned memory, so that the host does not wait for the device
+                rows = torch.from_numpy(rows).pin_memory().to(device, non_blocking=True)
+            yield torch.as_tensor(moments[rows]), labels[rows]
         return
     ready = queue.Queue(maxsize=4)
 
     def read():
-        for step in steps:
-            rows = rows_of(step)
+        for rows in map(rows_of, steps):
             ready.put((torch.from_numpy(folder.moments[rows]).pin_memory(), folder.labels[rows].pin_memory()))
 
     threading.Thread(target=read, daemon=True).start()
@@ -134,8 +134,8 @@ def train(args, tap, make_projector, make_target, weight, until, aux_name):
         raise UserError(f"--{aux_name}-depth {tap}: {args.model} has blocks 1 to {model.depth}")
     projector = make_projector(model).to(device) if weight else None
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    weights, averages = list(model.parameters()), list(ema.parameters())
-    parameters = weights + (list(projector.parameters()) if projector else [])
+    weights, averages = [p.detach() for p in model.parameters()], list(ema.parameters())  # no graph of averages
+    parameters = [p for network in (model, projector) if network for p in network.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     start, sums = 0, torch.zeros(4, dtype=torch.float64, device=device)  # since a log line: L_diff, L_aux, grad, steps
 
@@ -181,7 +181,8 @@ def train(args, tap, make_projector, make_target, weight, until, aux_name):
     def wrap(losses):
         losses = torch.compile(losses, dynamic=False) if compiling else losses
         gpu = [device.index] if device.type == "cuda" else None
-        return DDP(losses, gpu, gradient_as_bucket_view=True, broadcast_buffers=False) if world > 1 else losses
+        return losses if world == 1 else DDP(losses, gpu, gradient_as_bucket_view=True, broadcast_buffers=False,
+                                             bucket_cap_mb=250)  # few: the compiled graph is cut at each bucket
 
     def save(step):
         """Write ckpt.pt whole or not at all; all processes learn whether it worked."""
@@ -232,7 +233,7 @@ def train(args, tap, make_projector, make_target, weight, until, aux_name):
 
     for step in range(start, args.steps):  # steps done so far
         if target and step == until:  # guidance ends: neither teacher nor projector runs from here on
-            target = network = None  # their memory is free before the next is wrapped
+            target = network = None  # not held while the next is wrapped
             network = wrap(TwoLosses(model))
 
         # What the whole batch sees, drawn on every process alike; then this process's shares

@@ -128,9 +128,9 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         if self.kind.startswith("naive"):
             for average, p in zip(self.ema.parameters(), self.model.parameters()):
-                average.mul_(0.9999).add_(p.data, alpha=1 - 0.9999)
+                average.mul_(0.9999).add_(p.data, alpha=1 - 0.9999)  # .data: neither update is recorded by autograd
         else:
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1e-4)
+            torch._foreach_lerp_(list(self.ema.parameters()), [p.detach() for p in self.model.parameters()], 1e-4)
 
 
 def arithmetic(model, projector, teacher_depth=0):
@@ -193,13 +193,13 @@ def bench_precision(device, repeats):
         x_t, t, y, _ = batch(16)
         t = 0.4 + 0.3 * t
         teacher = Teacher(model.eval(), 8)
-        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
         @torch.no_grad()
         def features(dtype=None, tf32=False):
             hooks = []
             if tf32 and device.type == "cuda":
-                torch.backends.cuda.matmul.allow_tf32 = True
+                torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
             elif tf32:  # the weights once, the inputs by a hook; attention's products stay in float32 here
                 copied = copy.deepcopy(teacher)
                 for m in copied.modules():
@@ -209,7 +209,7 @@ def bench_precision(device, repeats):
             net = copied if hooks else teacher
             with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
                 f_c, f_u = net(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, 10)])).float().chunk(2)
-            torch.backends.cuda.matmul.allow_tf32 = False
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
             return f_u + 30 * (f_c - f_u), (f_c - f_u).norm() / f_u.norm()
 
         exact, gap = features()
@@ -250,6 +250,7 @@ def bench_mfu(device, repeats):
             times = in_turns(device, repeats, foreach=lambda: torch._foreach_lerp_(averages, [w.detach() for w in weights], 1e-4),
                              loop=lambda: [e.mul_(0.9999).add_(p.data, alpha=1e-4) for e, p in pairs])
             print(f"    EMA alone: {1e3 * statistics.median(times['foreach']):.2f} ms, a loop over parameters takes {ratio(times, 'loop', 'foreach'):.1f}x that")
+            del pairs, averages, weights  # or the next mode's peak memory would hold them
         del step
 
 
@@ -264,13 +265,21 @@ def bench_loader(device, repeats):
         np.save(path / "labels.npy", np.arange(N) % 1000)
         (path / "meta.json").write_text(json.dumps({"format": 1, "num_images": N, "channels": 4, "height": 32, "width": 32,
                                                     "classes": list(range(1000)), "scale": 1.0}))
-        folder, order = LatentFolder(path), np.random.default_rng(0).permutation(N)
-        steps = 200
-        start = time.perf_counter()
-        for moments, labels in latent_stream(folder, range(steps), lambda s: order[s * 64:(s + 1) * 64], device):
-            pass
-        sync(device)
-        print(f"\nloader alone, {N} latents of 8 x 32 x 32 float16, page cache: {64 * steps / (time.perf_counter() - start):.0f} images/s")
+        folder, order, steps = LatentFolder(path), np.random.default_rng(0).permutation(N), 200
+        free = torch.cuda.mem_get_info
+        for kind in ("on the device", "pinned, read ahead") if device.type == "cuda" else ("memory map",):
+            if kind.startswith("pinned"):
+                torch.cuda.mem_get_info = lambda device: (0, 0)  # as if they did not fit
+            stream = latent_stream(folder, range(steps), lambda s: order[s * 64:(s + 1) * 64], device)
+            next(stream)  # the upload, once a run, is not what is measured
+            sync(device)
+            start = time.perf_counter()
+            for moments, labels in stream:
+                pass
+            sync(device)
+            rate = 64 * (steps - 1) / (time.perf_counter() - start)
+            print(f"\nloader alone, {N} latents of 8 x 32 x 32 float16, page cache, {kind}: {rate:.0f} images/s")
+        torch.cuda.mem_get_info = free
 
 
 def bench_vae(device, repeats):

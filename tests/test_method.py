@@ -196,6 +196,15 @@ def test_gradients_reach_only_the_student():
     assert touched == [1, 2, 3, 4]  # blocks up to ds, and none above
 
 
+def test_the_average_has_no_graph(tmp_path, monkeypatch):
+    """The EMA's update must not be recorded by autograd: its graph would grow by a node a tensor and step, all run long."""
+    averages, lerp = [], torch._foreach_lerp_
+    monkeypatch.setattr(torch, "_foreach_lerp_", lambda a, b, w: (lerp(a, b, w), averages.extend(a)))
+    monkeypatch.setattr("sys.argv", ["x", *TRAIN, "--data", str(write_folder(tmp_path / "d")), "--out", str(tmp_path / "o"), "--steps", "2"])
+    train_stage1.main()
+    assert averages and not any(a.requires_grad or a.grad_fn for a in averages)
+
+
 @pytest.mark.parametrize("guide_steps,calls", [(3, 3), (0, 0), (9, 5)])
 def test_teacher_and_projector_rest_after_guide_steps(guide_steps, calls, tmp_path, monkeypatch):
     counted = {"teacher": 0, "projector": 0, "images": set()}
