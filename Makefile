@@ -1,4 +1,4 @@
-# make demo: the whole method on drawn shapes, 10 to 15 minutes on 2 CPU cores. make test: the tests. Both make .venv first.
+# make demo: the whole method on drawn shapes, 13 minutes on 2 CPU cores. make test: the tests. Both make .venv first.
 # make experiment: the README's figures on CIFAR-10, four hours on 2 CPU cores; IMAGES=DIR if CIFAR-10 is at hand as PNGs.
 PYTHON ?= python3
 PY = .venv/bin/python

@@ -135,7 +135,7 @@ def train(args, tap, make_projector, make_target, weight, until, aux_name):
     projector = make_projector(model).to(device) if weight else None
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     weights, averages = [p.detach() for p in model.parameters()], list(ema.parameters())  # no graph of averages
-    parameters = [p for network in (model, projector) if network for p in network.parameters()]
+    parameters = [*model.parameters(), *(projector.parameters() if projector else ())]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     start, sums = 0, torch.zeros(4, dtype=torch.float64, device=device)  # since a log line: L_diff, L_aux, grad, steps
 

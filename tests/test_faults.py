@@ -1,4 +1,5 @@
 """Nothing is lost: kill -9 and resume, the same trajectory on any number of processes, signals, full disks, NaN."""
+import contextlib
 import os
 import random
 import shutil
@@ -190,10 +191,8 @@ def test_a_second_signal_leaves_at_once(data, tmp_path):
     while process.poll() is None and signals < 20:  # on a slow machine two may be met within a second, and count as one
         process.send_signal(signal.SIGINT)
         signals += 1
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=1.5)
-        except subprocess.TimeoutExpired:
-            pass
     assert process.wait(timeout=60) == 130 and signals > 1
     assert not (tmp_path / "out/ckpt.pt").exists()
 
