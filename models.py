@@ -1,16 +1,30 @@
-"""SiT: a diffusion transformer with DiT's adaLN-Zero blocks that predicts a velocity in VAE latent space. Start here.
+"""SiT: a diffusion transformer with adaLN-Zero blocks that predicts a velocity. Start here.
 
-Sources: DiT (Peebles & Xie 2023, arXiv 2212.09748), SiT (Ma et al. 2024, arXiv 2401.08740), REPA (Yu et al. 2025,
-arXiv 2410.06940). Names in the state dict are theirs, so their checkpoints load here. Last: what every script shares.
+Sources: DiT (Peebles & Xie 2023, arXiv 2212.09748), SiT (Ma et al. 2024, arXiv 2401.08740), REPA
+(Yu et al. 2025, arXiv 2410.06940). The tensors have their names, so their checkpoints load here.
+The second half holds what every script shares: settings, errors, files, processes.
 """
+
+import sys
+
+# Ctrl-C leaves without a traceback, also during the slow imports below
+sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
+
 import argparse
 import contextlib
+import fcntl
+import hashlib
+import importlib
 import math
 import os
-import sys
+import re
 import time
+import traceback
+import typing
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, namedtuple
+from dataclasses import field, fields
+from operator import ge, gt, le, lt
 from pathlib import Path
 
 import torch
@@ -19,72 +33,85 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# name -> depth, width D, attention heads, patch side in latent pixels (DiT, table 1; Ti is ours, for CPUs)
-SIZES = {f"SiT-{size}/{patch}": (*dims, patch)
-         for size, dims in {"Ti": (8, 128, 4), "S": (12, 384, 6), "B": (12, 768, 12),
-                            "L": (24, 1024, 16), "XL": (28, 1152, 16)}.items() for patch in (2, 4, 8)}
-# Blocks from 1: stage 1 aligns d1, the teacher gives dt, the student's ds regresses it (the authors': B, d1 of XL).
-DEPTHS = {f"SiT-{size}/{patch}": depths for patch in (2, 4, 8) for size, depths in {
-    "Ti": (2, 5, 4), "S": (2, 8, 6), "B": (2, 8, 6), "L": (8, 16, 12), "XL": (8, 19, 14)}.items()}
+# Depth in blocks, width D, heads (DiT, table 1). Then three blocks, counted from 1: d1, which
+# stage 1 aligns; dt, whose tokens teach; ds, which learns them in stage 2. The authors have them
+# for B and XL's d1, the others are in proportion. A size of your own is one more line.
+Size = namedtuple("Size", "depth width heads align_depth teacher_depth student_depth")
+SIZES = {
+    "N": Size(6, 64, 2, 1, 4, 3),  # a small teacher
+    "Ti": Size(8, 128, 4, 2, 5, 4),  # a student for CPUs
+    "S": Size(12, 384, 6, 2, 8, 6),
+    "B": Size(12, 768, 12, 2, 8, 6),
+    "L": Size(24, 1024, 16, 8, 16, 12),
+    "XL": Size(28, 1152, 16, 8, 19, 14),
+}
+
+
+def parse_name(name: str) -> tuple[Size, int]:
+    """The Size and the patch side that a name such as "SiT-B/2" stands for."""
+    size, _, patch = name.removeprefix("SiT-").partition("/")
+    if size not in SIZES or patch not in ("1", "2", "4", "8"):
+        known = ", ".join(f"SiT-{size}/2" for size in SIZES)
+        raise UserError(f"--model {name}: no such size; there are {known}; patches of 1, 2, 4, 8")
+    return SIZES[size], int(patch)
+
 
 def modulate(x, shift, scale):
-    """adaLN: x (N, T, D) scaled and shifted by one vector (N, D) per image."""
+    """adaLN: scale and shift tokens x (N, T, D) by one vector (N, D) per image."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
-class PatchEmbed(nn.Module):
-    """Latent (N, C, H, W) -> tokens (N, T, D): one linear map of each p x p patch, T = H/p * W/p, row by row."""
-
-    def __init__(self, patch, in_channels, width):
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, width, kernel_size=patch, stride=patch)
-
-    def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)
 
 class TimestepEmbedder(nn.Module):
-    """t (N,) in [0, 1] -> (N, D): 256 sinusoids of t itself (not of 1000 t), cosines first, then an MLP."""
+    """t (N,) in [0, 1] -> (N, D): 256 sinusoids of t itself, cosines first, then an MLP."""
 
     def __init__(self, width):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
-        freqs = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32, device=t.device) / 128)
-        args = t[:, None].float() * freqs
-        return self.mlp(torch.cat([args.cos(), args.sin()], dim=1).to(self.mlp[0].weight.dtype))
+        steps = torch.arange(128, dtype=torch.float32, device=t.device)
+        angles = t[:, None].float() * torch.exp(-math.log(10000) * steps / 128)
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.mlp[0].weight.dtype)
+        with torch.autocast(t.device.type, enabled=False):  # bfloat16 would blur neighbouring t's
+            return self.mlp(sinusoids)
+
 
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens (N, T, D); with `qk_norm`, LayerNorm on each head's queries and keys."""
+    """Multi-head self-attention over tokens (N, T, D); qk_norm: LayerNorm on queries and keys."""
 
     def __init__(self, width, heads, qk_norm):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm, self.k_norm = (nn.LayerNorm(width // heads) if qk_norm else nn.Identity() for _ in range(2))
+        self.q_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
     def forward(self, x):
         N, T, D = x.shape
-        q, k, v = self.qkv(x).view(N, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each (N, heads, T, d)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast leaves a LayerNorm's output in float32
+        qkv = self.qkv(x).view(N, T, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, D / heads)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast: norms in float32
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, T, D))
 
+
 class SiTBlock(nn.Module):
-    """adaLN-Zero: attention and MLP, shifted, scaled and gated by c, the embedding of (t, y); at first the identity."""
+    """adaLN-Zero: attention and MLP, shifted, scaled and gated by the condition c (N, D)."""
 
     def __init__(self, width, heads, qk_norm):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(width, heads, qk_norm)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = nn.Sequential(OrderedDict(
-            fc1=nn.Linear(width, 4 * width), act=nn.GELU("tanh"), fc2=nn.Linear(4 * width, width)))
+        fc1, fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU("tanh"), fc2=fc2))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))
         return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
 
 class FinalLayer(nn.Module):
     """Tokens (N, T, D) -> patches (N, T, p*p*C)."""
@@ -99,79 +126,101 @@ class FinalLayer(nn.Module):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
+
 def unpatchify(patches, patch, channels):
-    """(N, T, p*p*C) -> (N, C, H, W) for a square grid of T tokens; the inverse of cutting an image into patches."""
+    """Patches (N, T, p*p*C) -> (N, C, H, W), for a square grid of T patches, row by row."""
     side = math.isqrt(patches.shape[1])
     x = patches.view(-1, side, side, patch, patch, channels)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, side * patch, side * patch)
 
+
 def sincos_2d(width, side):
-    """Fixed positional embedding (1, side*side, width): the first half encodes the column, the second the row."""
+    """Fixed position table (1, side*side, D): half of the channels for the column, half the row."""
     omega = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
-    table = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, width / 2)
+    table = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D / 2)
     columns, rows = table.expand(side, side, -1), table[:, None].expand(side, side, -1)
     return torch.cat([columns, rows], dim=2).reshape(1, side * side, width).float()
 
+
+def xavier_linear(module):
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
 class SiT(nn.Module):
-    """Velocity network v_theta(x_t, t, y). `build` makes one by name; nothing in `forward` is random."""
+    """Velocity network v_theta(x_t, t, y). `build` makes one by name; nothing in it is random."""
 
     def __init__(self, depth, width, heads, patch, input_size, in_channels, num_classes, qk_norm):
         super().__init__()
-        self.depth, self.width, self.patch = depth, width, patch
-        self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
-        self.x_embedder = PatchEmbed(patch, in_channels, width)
+        self.depth, self.width, self.heads, self.patch = depth, width, heads, patch
+        self.input_size, self.in_channels = input_size, in_channels
+        self.num_classes, self.qk_norm = num_classes, qk_norm
+        patches = nn.Conv2d(in_channels, width, kernel_size=patch, stride=patch)
+        self.x_embedder = nn.ModuleDict({"proj": patches})
         self.t_embedder = TimestepEmbedder(width)
-        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, width)})  # + null label
+        labels = nn.Embedding(num_classes + 1, width)  # the last one is the null label
+        self.y_embedder = nn.ModuleDict({"embedding_table": labels})
         self.register_buffer("pos_embed", sincos_2d(width, input_size // patch))
         self.blocks = nn.ModuleList(SiTBlock(width, heads, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch, in_channels)
-        self.grad_checkpoint = False  # recompute each block in the backward pass: less memory, a third more time
+        self.grad_checkpoint = False  # recompute each block in the backward pass: saves memory
         self.initialize_weights()
 
     def initialize_weights(self):
-        """DiT's: Xavier-uniform linears, N(0, 0.02) embedders, zeros wherever a residual branch or the output ends."""
+        # As DiT. Linear layers: Xavier-uniform; the patch embedding, too, as the linear map it is
         self.apply(xavier_linear)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for embedding in (self.y_embedder["embedding_table"], self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+        nn.init.xavier_uniform_(self.x_embedder["proj"].weight.flatten(1))
+        nn.init.zeros_(self.x_embedder["proj"].bias)
+        # Label and time embeddings: N(0, 0.02)
+        mlp = self.t_embedder.mlp
+        for embedding in (self.y_embedder["embedding_table"], mlp[0], mlp[2]):
             nn.init.normal_(embedding.weight, std=0.02)
-        for layer in (*(b.adaLN_modulation[1] for b in (*self.blocks, self.final_layer)), self.final_layer.linear):
+        # adaLN-Zero: every block starts as the identity, the whole network as zero
+        modulations = [block.adaLN_modulation[1] for block in (*self.blocks, self.final_layer)]
+        for layer in (*modulations, self.final_layer.linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def embed(self, x, t, y):
-        """Tokens (N, T, D) before block 1, and the condition c (N, D) that modulates every block."""
-        return self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder["embedding_table"](y)
-
-    def forward(self, x, t, y, tap=None):
-        """x (N, C, H, W), t (N,) in [0, 1] with 0 = data, y (N,) int64 with `num_classes` as the null label.
-        Returns the velocity (N, C, H, W) and the tokens (N, T, D) after block `tap`, counted from 1 (None without tap).
-        """
-        h, c = self.embed(x, t, y)
-        tapped = None
+    def forward(self, x, t, y, taps=()):
+        """Velocity (N, C, H, W) and {d: tokens (N, T, D) after block d} for the blocks in `taps`.
+        x (N, C, H, W), t (N,) in [0, 1] with 0 = data, y (N,) int64 with `num_classes` as the null
+        label. A network that was `cut` has no velocity: None."""
+        h = self.x_embedder["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed  # (N, T, D)
+        c = self.t_embedder(t) + self.y_embedder["embedding_table"](y)  # (N, D)
+        tapped = {}
         for depth, block in enumerate(self.blocks, 1):
-            h = checkpoint(block, h, c, use_reentrant=False) if self.grad_checkpoint and self.training else block(h, c)
-            tapped = h if depth == tap else tapped
+            recompute = self.grad_checkpoint and self.training
+            h = checkpoint(block, h, c, use_reentrant=False) if recompute else block(h, c)
+            if depth in taps:
+                tapped[depth] = h
+        if self.final_layer is None:
+            return None, tapped
         return unpatchify(self.final_layer(h, c), self.patch, self.in_channels), tapped
 
-    def forward_flops(self):
-        """Floating-point operations of one image's forward pass: two per multiply-add, matrix products only."""
-        tokens, D = (self.input_size // self.patch) ** 2, self.width
-        io = 2 * tokens * 2 * self.patch ** 2 * self.in_channels * D  # patches in and out
-        block = 24 * tokens * D * D + 4 * tokens * tokens * D + 12 * D * D  # qkv, proj, MLP; attention; adaLN
-        return io + self.depth * block + 2 * (256 * D + D * D) + 4 * D * D
+    def cut(self, depth: int):
+        """Keep blocks 1 to `depth` alone, without the final layer: all that a teacher runs."""
+        self.blocks, self.final_layer, self.depth = self.blocks[:depth], None, depth
+        return self
+
+    def forward_flops(self) -> int:
+        """FLOPs of one image's forward pass: two per multiply-add, matrix products only."""
+        T, D = (self.input_size // self.patch) ** 2, self.width
+        block = 24 * T * D * D + 4 * T * T * D + 12 * D * D  # qkv, proj, MLP; attention; adaLN
+        outside = 4 * T * D * self.patch**2 * self.in_channels + 2 * (256 * D + D * D) + 4 * D * D
+        return self.depth * block + outside
+
 
 class Projector(nn.Module):
-    """The MLP head of an auxiliary loss, D -> 2048 -> 2048 -> D with SiLU (REPA's), on tokens (N, T, D).
-    `to_latent=(patch, channels)` makes it stage 1's P1, which answers in VAE latent space (N, C, H, W) through a
-    LayerNorm without affine and a linear layer; without it, it is stage 2's P2, which answers in feature space.
+    """An auxiliary loss's MLP, D -> hidden -> hidden -> out with SiLU, on tokens (N, T, D).
+    With `to_latent` = (patch, channels) it answers in VAE latent space, (N, C, H, W): stage 1's P1.
     """
-    def __init__(self, width, hidden=2048, to_latent=None):
+
+    def __init__(self, width, out=None, hidden=2048, to_latent=None):
         super().__init__()
-        self.to_latent = to_latent
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
-                                 nn.Linear(hidden, width))
+        inner = [nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU()]
+        self.mlp, self.to_latent = nn.Sequential(*inner, nn.Linear(hidden, out or width)), to_latent
         if to_latent:
             self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
             self.linear = nn.Linear(width, to_latent[0] ** 2 * to_latent[1])
@@ -181,109 +230,181 @@ class Projector(nn.Module):
         out = self.mlp(tokens)
         return unpatchify(self.linear(self.norm(out)), *self.to_latent) if self.to_latent else out
 
-def xavier_linear(module):
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
 
-# ---- Building and loading a model
-def build(name, input_size=32, in_channels=4, num_classes=1000, qk_norm=True):
-    """A freshly initialised SiT by its name in SIZES, for latents (in_channels, input_size, input_size)."""
-    if name not in SIZES:
-        raise UserError(f"--model {name}: no such size; there are {', '.join(SIZES)}")
-    depth, width, heads, patch = SIZES[name]
+def build(name, input_size=32, in_channels=4, num_classes=1000, qk_norm=True) -> SiT:
+    """A freshly initialised SiT, such as "SiT-B/2", for latents (C, input_size, input_size)."""
+    size, patch = parse_name(name)
     if input_size % patch:
-        raise UserError(f"--model {name}: patches of {patch} do not tile a latent of side {input_size}; "
-                        f"take a smaller patch, such as {name.split('/')[0]}/2")
-    return SiT(depth, width, heads, patch, input_size, in_channels, num_classes, qk_norm)
+        fits = " or ".join(f"/{p}" for p in (1, 2, 4, 8) if input_size % p == 0)
+        raise UserError(f"--model {name}: does not tile a side of {input_size}; end it in {fits}")
+    return SiT(*size[:3], patch, input_size, in_channels, num_classes, qk_norm)
 
-def load_checkpoint(path, name=None, weights="ema"):
-    """Read a checkpoint of this project, REPA or the authors: (SiT with its .name, on the CPU in eval mode; the file).
-    Sizes, classes and q/k norm are read off the tensors' shapes; `name` (--model) is only checked against them.
-    `weights` is "ema" or "model". Projectors are ignored; any other missing or unknown tensor is a UserError.
-    """
+
+def checkpoints(folder) -> list[Path]:
+    """The run's own ckpt-<step>.pt, newest first; files of any other name are the user's."""
+    files = [f for f in Path(folder).glob("ckpt-*.pt") if re.fullmatch(r"ckpt-\d{7,}\.pt", f.name)]
+    return sorted(files, key=lambda file: int(file.stem[5:]), reverse=True)
+
+
+def load_checkpoint(path, weights="ema") -> tuple[SiT, dict]:
+    """(SiT in eval mode on the CPU, with its .name; the file) from our checkpoint, REPA's, theirs.
+    `path`: a file, or a run's folder, whose newest it is. Sizes are read off the tensors."""
+    path = next(iter(checkpoints(path)), path)
     file = load_file(path)
-    state = file.get(weights, file.get("state_dict", file))
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{path}: holds no '{weights}' weights; it is not a checkpoint of a SiT")
-    for prefix in ("module.", "_orig_mod."):  # left by DistributedDataParallel and by torch.compile
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-    state = {key: value for key, value in state.items() if not key.startswith("projectors.")}
-    try:
+    with reading(f"{path}, as a checkpoint of a SiT,"):
+        state = file.get(weights, file.get("state_dict", file))
+        wrappers = r"^(module\.|_orig_mod\.)*"  # of DistributedDataParallel and torch.compile
+        state = {re.sub(wrappers, "", key): value for key, value in state.items()}
+        state = {key: value for key, value in state.items() if not key.startswith("projectors")}
         width, channels, patch, _ = state["x_embedder.proj.weight"].shape
         depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
         side = patch * math.isqrt(state["pos_embed"].shape[1])
         classes = state["y_embedder.embedding_table.weight"].shape[0] - 1
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path}: not a checkpoint of a SiT ({error} is missing)")
-    size = next((key for key, (d, w, _, p) in SIZES.items() if (d, w, p) == (depth, width, patch)), None)
-    if size is None or name not in (None, size):
-        raise UserError(f"{path}: holds {size or f'an unknown size of width {width}'}, not --model {name}")
-    model = build(size, side, channels, classes, qk_norm="blocks.0.attn.q_norm.weight" in state)
-    model.name = size
-    load_state(model, state, path)
+        sizes = [key for key, size in SIZES.items() if size[:2] == (depth, width)]
+        name = f"SiT-{sizes[0] if sizes else f'{depth}-blocks-of-{width}'}/{patch}"
+        model = build(name, side, channels, classes, "blocks.0.attn.q_norm.weight" in state)
+        model.load_state_dict(state)
+    model.name = name
     return model.eval(), file
 
-def load_state(model, state, path):
-    """load_state_dict, strict, with an error that names the file and the first few tensors that are wrong."""
-    own = model.state_dict()
-    wrong = {"missing": own.keys() - state.keys(), "unknown": state.keys() - own.keys(),
-             "of another shape": {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape}}
-    if any(wrong.values()):
-        lists = [f"{len(keys)} {what}: {', '.join(sorted(keys)[:3])}" for what, keys in wrong.items() if keys]
-        raise UserError(f"{path}: tensors do not fit the model; " + "; ".join(lists))
-    model.load_state_dict(state)
 
-# ---- What every script shares: files that are whole or absent, errors in one line, processes and devices
+# ---- Settings: one dataclass a script, one line a setting, turned into flags here
+
+RULES = {"at_least": ge, "above": gt, "below": lt, "at_most": le}  # of a number
+
+
+def setting(default, help, **rules):
+    """A field of a settings dataclass; `rules`: RULES, choices, positional, or alias."""
+    return field(default=default, metadata={"help": help, **rules})
+
+
+def refuse(message):
+    raise UserError(f"{message} (--help lists the flags)")
+
+
+def parse_settings(Settings: type, doc: str):
+    """The command line as an object of the dataclass `Settings`; UserError for a bad value."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=style, allow_abbrev=False)
+    parser.error = refuse
+    for f in fields(Settings):
+        kind = (typing.get_args(f.type) or (f.type,))[0]  # `int | None`: an int that may be absent
+        shown = "" if f.default in (None, "") else f" (default: {f.default})"
+        options = {"default": f.default, "help": f.metadata["help"].replace("%", "%%") + shown}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options.update(type=kind, choices=f.metadata.get("choices"))
+        names = [f"--{n.replace('_', '-')}" for n in (f.name, f.metadata.get("alias", f.name))]
+        if "positional" in f.metadata:
+            names, options["nargs"] = [f.name], "?" if f.default is None else None
+        parser.add_argument(*dict.fromkeys(names), **options)
+    settings = Settings(**vars(parser.parse_args()))
+    for f in fields(Settings):
+        value, flag = getattr(settings, f.name), f"--{f.name.replace('_', '-')}"
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag} {value}: must be a finite number")
+        for rule in RULES.keys() & f.metadata.keys():
+            if value is not None and not RULES[rule](value, f.metadata[rule]):
+                limit = f.metadata[rule]
+                raise UserError(f"{flag} {value}: must be {rule.replace('_', ' ')} {limit}")
+    return settings
+
+
+# ---- Errors, files and processes
+
+
 class UserError(Exception):
     """A user's mistake. `run` prints it as one line on stderr and exits with status 2."""
 
-class Parser(argparse.ArgumentParser):
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
-    def error(self, message):
-        raise UserError(f"{message} (--help lists the flags)")
+def say(text, file=None):
+    """Print a line; on stdout only rank 0's. A closed pipe or a full disk is no reason to stop."""
+    try:
+        if file or os.environ.get("RANK", "0") == "0":
+            print(text, file=file or sys.stdout, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+class Progress:
+    """Say how far long work has come: with its first piece, every 5 seconds, and at its end."""
+
+    def __init__(self, what, total, world=1):
+        self.what, self.total, self.world = what, total, world
+        self.start, self.shown = time.time(), 0.0
+
+    def __call__(self, done, more=""):
+        now = time.time()
+        if now > self.shown + 5 or done == self.total:
+            self.shown, rate = now, done / (now - self.start + 1e-9)
+            far = f"{self.what} {done * self.world}/{self.total * self.world}  {more}"
+            say(f"{far}  {rate * self.world:.1f}/s  {(self.total - done) / rate:.0f} s left")
+
 
 def run(main):
-    """Call main(); a UserError or OSError becomes one line and status 2. Under torchrun rank 0 speaks for all."""
+    """Call main(). A UserError or OSError is one line and status 2, Ctrl-C status 130.
+    A process that fails alone leaves at once: its peers may wait for it in a collective."""
+    status, together = 0, True  # all leave here: a normal return, or an exit they agreed on
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     try:
         main()
+    except SystemExit as stop:
+        status = stop.code
+    except KeyboardInterrupt:
+        status, together = 130, False
     except (UserError, OSError) as error:
+        status, together = 2, False
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)  # where rank 0 failed, too, torchrun ends this process before it repeats the line
-        print(f"{Path(sys.argv[0]).name}: error: {error}".replace("\n", "\\n"), file=sys.stderr, flush=True)
-        sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-            time.sleep(0.5)  # gloo's threads let go of their last tensors; one that did so at Python's end would abort
+            time.sleep(3)  # rank 0 speaks for all: torchrun ends this process before it repeats it
+        say(f"{Path(sys.argv[0]).name}: error: {error}".replace("\n", "\\n"), sys.stderr)
+    except Exception:
+        status, together = 1, False
+        traceback.print_exc()
+    if dist.is_initialized():
+        if not together:
+            os._exit(status)
+        dist.destroy_process_group()
+        time.sleep(0.5)  # in which gloo's threads end; Python's own end would abort them
+    sys.exit(status)
 
-def load_file(path):
-    """torch.load of plain tensors, plain Python and argparse.Namespace (REPA keeps its arguments so); never code."""
+
+@contextlib.contextmanager
+def reading(path):
+    """Whatever goes wrong while a user's file is read becomes one line that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(f"{path}: cannot be read ({reason})") from error
+
+
+def load_file(path) -> dict:
+    """torch.load of plain tensors and plain Python, checksums verified; never code."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: {'is a directory, not a file' if path.is_dir() else 'no such file'}")
-    try:
+        what = "is a directory, not a file" if path.is_dir() else f"no such file (in {Path.cwd()})"
+        raise UserError(f"{path}: {what}")
+    with reading(path):
         if path.suffix == ".safetensors":
-            from safetensors import torch as safetensors
-            return safetensors.load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            file = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # no zip, half a zip, unsafe pickle, no safetensors package: each raises another type
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"{path}: cannot be read: damaged, or more than plain tensors, never run ({reason[:80]})")
-    if not isinstance(file, dict):
-        raise UserError(f"{path}: holds a {type(file).__name__}, not a dictionary of tensors")
+            return importlib.import_module("safetensors.torch").load_file(path)
+        zipped = zipfile.is_zipfile(path)
+        if zipped and (bad := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"damaged: the checksum of {bad} is wrong")
+        with torch.serialization.safe_globals([argparse.Namespace]):  # REPA keeps its arguments so
+            file = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=zipped))
     return file
+
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """A binary file to write to, flushed to disk and renamed to `path` at the end: `path` is whole, old or absent."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    """A binary file, flushed to disk and renamed to `path` at the end: whole, old or absent."""
+    temporary = Path(f"{path}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
             file.flush()
@@ -292,30 +413,62 @@ def atomic_write(path):
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: could not be written ({error}); whatever stood there before is unchanged")
+        raise UserError(f"{path}: could not be written ({error}); what was there stays") from error
 
-def setup(device="auto"):
-    """Join torchrun's processes if there are any: (device, rank, world size). gloo carries CPU tensors, NCCL CUDA's."""
+
+def lock(folder):
+    """Keep other runs out of `folder` while the returned file lives. A dead run holds none."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file = open(Path(folder) / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"{folder}: another run is at work there; choose another --out") from error
+    return file
+
+
+def fingerprint(*items) -> str:
+    """sha256 of tensors and plain values: the same content has the same hash."""
+    digest = hashlib.sha256()
+    for item in items:
+        if torch.is_tensor(item):
+            item = item.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        digest.update(item if hasattr(item, "nbytes") else repr(item).encode())
+    return digest.hexdigest()
+
+
+def setup(device="auto") -> tuple[torch.device, int, int]:
+    """(device, rank, world size), after joining torchrun's processes if there are any."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: this machine has no CUDA device that torch can use")
+        if device == "cpu" and torch.version.cuda and Path("/dev/nvidia0").exists():
+            raise UserError("--device auto: torch cannot use this machine's card; an old driver?")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UserError(f"--device {device}: supported are cpu, cuda and cuda:N")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        device = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"--device {device}: no such device; give cpu, cuda or cuda:N")
-    if device.type == "cuda":
+    if device != "cpu":
+        if int(device[5:]) >= torch.cuda.device_count():
+            raise UserError(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA cards")
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # what autocast leaves
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return device, *((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1))
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torchrun = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if torchrun and not dist.is_initialized():  # gloo carries CPU tensors, NCCL CUDA's
+        dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
+    ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return torch.device(device), *ranks
 
-def gather(item):
-    """The `item` of every process, in a list by rank."""
+
+def gather(item) -> list:
+    """The `item` of every process, in a list by rank; also a barrier."""
     items = [item] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if len(items) > 1:
+    if dist.is_initialized():
         dist.all_gather_object(items, item)
     return items
+
+
+def agree(**items):
+    """UserError unless every process holds the same `items`: they must train one network."""
+    different = {name for other in gather(items) for name in items if other[name] != items[name]}
+    if different:
+        raise UserError(f"the processes were started with different {', '.join(sorted(different))}")

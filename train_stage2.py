@@ -1,56 +1,74 @@
-"""Stage 2: train a new SiT whose middle block regresses the teacher's guided features. Stage 1's loop, another loss.
+"""Stage 2: train a new SiT whose middle block regresses the teacher's guided features.
 
-    torchrun --nproc_per_node=8 train_stage2.py                   # out/teacher/teacher.pt -> out/stage2
+    torchrun --nproc_per_node=8 train_stage2.py               # out/teacher/teacher.pt -> out/stage2
 
-L = L_diff + 0.5 L_guide for the first 100,000 steps, L_diff alone after them (Self-Transcendence, arXiv 2601.07773):
-L_guide = mean over tokens and channels of (P2(h_ds) - f_g)^2 where 0.4 <= t <= 0.7, zero elsewhere, mean over the
-batch. Data order, draws, the slice of the batch in that range, checkpoints and logs are train_stage1.py's.
+L = L_diff + 0.5 L_guide for the first 100,000 steps, then L_diff (Self-Transcendence, arXiv
+2601.07773). L_guide = mean over tokens and channels of (P2(h_ds) - f_g)^2 where 0.4 <= t <= 0.7,
+zero elsewhere, mean over the batch. Everything else is train_stage1.py's loop.
 """
-import hashlib
-from pathlib import Path
+
+from dataclasses import dataclass
+
+import models
+from models import Projector, UserError, say, setting
 
 from build_teacher import guided_features, load_teacher
-from models import DEPTHS, Projector, UserError, run
-from train_stage1 import checked, train, training_flags
+from train_stage1 import Auxiliary, TrainSettings, train
+
+
+@dataclass
+class Settings(TrainSettings):
+    out: str = setting("out/stage2", "folder of the run: checkpoints and log.jsonl")
+    seed: int = setting(1, "not stage 1's: a new initialisation", at_least=0, at_most=2**63 - 1)
+    teacher: str = setting("out/teacher/teacher.pt", "from build_teacher.py")
+    guide_weight: float = setting(0.5, "weight of L_guide", above=0)
+    guide_depth: int | None = setting(None, "the student's block ds (default: by size)", at_least=1)
+    guide_scale: float | None = setting(None, "s in f_g (default: the teacher file's)", at_least=1)
+    guide_steps: int = setting(100_000, "guidance ends after this step", at_least=0)
+    other_names: bool = setting(False, "take a teacher whose classes have other names all the same")
+
+
+class Guidance(Auxiliary):
+    """Stage 2: P2 regresses f_g. The teacher hears the true label, whatever the student is told."""
+
+    name = "guide"
+
+    def prepare(self, folder, device):
+        args = self.args
+        teacher, file = load_teacher(args.teacher)
+        self.s = file["scale"] if args.guide_scale is None else args.guide_scale
+        (size, patch), data, meta = models.parse_name(args.model), file.get("data", {}), folder.meta
+        theirs = {"vae": data.get("vae", {}).get("identity"), "classes": teacher.num_classes}
+        theirs.update(patch=teacher.patch, channels=teacher.in_channels, side=teacher.input_size)
+        ours = {"vae": meta["vae"].get("identity"), "classes": len(meta["classes"]), "patch": patch}
+        ours.update(channels=meta["channels"], side=meta["height"])
+        for what in theirs:
+            if theirs[what] != ours[what] and None not in (theirs[what], ours[what]):
+                problem = f"its {what}: {theirs[what]}, the student's: {ours[what]}"
+                raise UserError(f"--teacher {args.teacher}: {problem}")
+        if data.get("classes", meta["classes"]) != meta["classes"] and not args.other_names:
+            raise UserError(f"--teacher {args.teacher}: its classes are others; see --other-names")
+        blocks = file["source"].get("depth", teacher.depth)
+        if self.depth / size.depth >= teacher.depth / blocks:
+            less = f"{self.depth} of {size.depth} is no shallower than {teacher.depth} of {blocks}"
+            say(f"warning: --guide-depth: {less}, the teacher's")
+        self.identity = models.fingerprint(self.s, *teacher.state_dict().values())
+        self.teacher = teacher.to(device)
+        if args.compile or (args.compile is None and device.type == "cuda"):
+            self.teacher.compile(dynamic=False)
+
+    def projector(self, model):
+        return Projector(model.width, out=self.teacher.width, hidden=self.args.projector_dim)
+
+    def target(self, batch):
+        return guided_features(self.teacher, batch.x_t, batch.t, batch.y, self.s)  # f_g
+
 
 def main():
-    p = training_flags(__doc__, "out/stage2", 1, "L_guide")  # another seed than stage 1's: a new initialisation
-    p.add_argument("--teacher", default="out/teacher/teacher.pt", help="from build_teacher.py (default: %(default)s)")
-    p.add_argument("--guide-weight", type=float, default=0.5, help="of L_guide (default: 0.5, paper)")
-    p.add_argument("--guide-depth", type=int, help="the student's block ds (default: by size: 14 for XL, 6 for B)")
-    p.add_argument("--guide-scale", type=float, help="s in f_g (default: the teacher file's; paper: 30)")
-    p.add_argument("--guide-steps", type=int, default=100000, help="guidance ends here (default: 100000, paper)")
-    args = checked(p.parse_args())
-    if args.guide_weight <= 0 or args.guide_steps < 0:
-        raise UserError("--guide-weight must be positive (vanilla: stage 1, --align-weight 0), --guide-steps >= 0")
-    if args.guide_scale is not None and args.guide_scale < 1:
-        raise UserError(f"--guide-scale {args.guide_scale}: must be at least 1, where f_g is f_c")
-    if args.guide_depth is None:
-        args.guide_depth = DEPTHS.get(args.model, (1, 1, 1))[2]
-    if Path(args.teacher).is_file():  # so that a run cannot be continued with another teacher
-        args.teacher_sha256 = hashlib.sha256(Path(args.teacher).read_bytes()).hexdigest()
+    args = models.parse_settings(Settings, __doc__)
+    args.guide_depth = args.guide_depth or models.parse_name(args.model)[0].student_depth
+    train(args, Guidance(args, args.guide_depth, args.guide_weight, args.guide_steps))
 
-    def make_projector(model):  # P2: tokens of the student's block ds -> feature space
-        return Projector(model.width, args.projector_dim)
-
-    def make_target(model, device):
-        teacher, file = load_teacher(args.teacher)
-        scale = file["scale"] if args.guide_scale is None else args.guide_scale
-        student = {"latent channels": model.in_channels, "latent side": model.input_size, "patch": model.patch,
-                   "width": model.width, "classes": model.num_classes}
-        for what, theirs in zip(student, (*teacher.shape, teacher.num_classes)):
-            if theirs != student[what]:
-                raise UserError(f"--teacher {args.teacher}: its {what} is {theirs}, the student's {student[what]} "
-                                f"({args.model} on {args.data})")
-        if args.guide_depth >= teacher.depth:
-            raise UserError(f"--guide-depth {args.guide_depth}: not shallower than the teacher's block {teacher.depth}")
-        teacher = teacher.to(device)
-        if args.compile or (args.compile is None and device.type == "cuda"):
-            teacher.compile(dynamic=False)
-        # f_g for the slice of the batch with 0.4 <= t <= 0.7 alone; y is the true label, whatever the student was told
-        return lambda x_t, t, y, x0, velocity: guided_features(teacher, x_t, t, y, scale)
-
-    train(args, args.guide_depth, make_projector, make_target, args.guide_weight, args.guide_steps, "guide")
 
 if __name__ == "__main__":
-    run(main)
+    models.run(main)

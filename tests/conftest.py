@@ -1,5 +1,9 @@
-"""Shared by the tests: the project on the path, tiny latents and a trained pair of runs, made once, and a way to run scripts."""
+"""Shared by the tests: the project on the path, tiny networks and latents, runs, ways to run."""
+
+import contextlib
+import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,19 +13,25 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
-TRAIN = ["--model", "SiT-Ti/8", "--batch-size", "8", "--lr", "1e-3", "--projector-dim", "32", "--log-every", "2", "--save-every", "4",
-         "--sample-every", "0", "--device", "cpu"]
+TRAIN = "--model SiT-Ti/8 --batch-size 8 --lr 1e-3 --projector-dim 32 --log-every 2 --save-every 4"
+TRAIN = f"{TRAIN} --device cpu".split()
 
 
 def script(name, *args, processes=1, env=None, timeout=300):
-    """Run one of the project's scripts from ROOT, under torchrun if `processes` > 1; the CompletedProcess, never raising."""
-    command = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else [])]
-    return subprocess.run([*command, str(ROOT / name), *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+    """Run a script from ROOT, under torchrun if `processes` > 1; the CompletedProcess."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run(
+        [sys.executable, *(torchrun if processes > 1 else []), ROOT / name, *map(str, args)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+    )
 
 
 def ok(*args, **kwargs):
@@ -31,34 +41,89 @@ def ok(*args, **kwargs):
     return result.stdout
 
 
-def write_folder(path, num=48, classes=10, shape=(4, 16, 16), seed=0):
-    """A latent folder of random numbers, written by hand from the documented format, not by the code under test."""
-    import json
+@contextlib.contextmanager
+def signals_kept():
+    """Training takes the signals of its process over: give them back, or Ctrl-C is lost."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    with signals_kept():
+        yield
+
+
+def call(module, *flags):
+    """Run the main() of a script in this process, with these flags: sooner than `script`."""
+    with pytest.MonkeyPatch.context() as patch, signals_kept():
+        patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+        module.main()
+
+
+def tiny(num_classes=10, seed=0, patch=8, size=16, name="SiT-Ti"):
+    """A small SiT whose zero-initialised layers are filled, so that every path carries signal."""
+    from models import build
+
+    torch.manual_seed(seed)
+    model = build(f"{name}/{patch}", size, 4, num_classes)
+    for p in model.parameters():
+        if p.abs().sum() == 0:
+            torch.nn.init.normal_(p, std=0.05)
+    return model
+
+
+def write_folder(path, num=48, classes=10, shape=(4, 16, 16), seed=0, scale=1.0):
+    """A latent folder of random numbers, from the documented format, not by the tested code."""
     path.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    mean, std = rng.normal(size=(num, *shape)), rng.uniform(0.05, 0.2, size=(num, *shape))
+    mean = rng.normal(size=(num, *shape))
+    std = rng.uniform(0.05, 0.2, size=(num, *shape))
     np.save(path / "moments.npy", np.concatenate([mean, std], axis=1).astype(np.float16))
     np.save(path / "labels.npy", np.arange(num, dtype=np.int64) % classes)
-    (path / "meta.json").write_text(json.dumps({
-        "format": 1, "image_size": 32, "classes": [f"class {i}" for i in range(classes)], "channels": shape[0], "height": shape[1],
-        "width": shape[2], "scale": 1.0, "num_images": num, "vae": {"path": "vae.pt", "sha256": None}}))
+    channels, height, width = shape
+    meta = {"format": 1, "image_size": 32, "classes": [f"class {i}" for i in range(classes)]}
+    meta.update(channels=channels, height=height, width=width, scale=scale, num_images=num)
+    meta.update(vae={"path": "vae.pt", "identity": None})
+    (path / "meta.json").write_text(json.dumps(meta))
     return path
 
 
 @pytest.fixture(scope="session")
 def latents(tmp_path_factory):
     """A real latent folder: 60 drawn shapes, a small VAE of 20 steps."""
-    folder = tmp_path_factory.mktemp("latents") / "shapes"
-    ok("vae_latents.py", "--dataset", "shapes", "--num", 60, "--vae-factor", 2, "--vae-steps", 20, "--batch-size", 16, "--out", folder, "--device", "cpu")
-    return folder
+    import shapes
+    import small_vae
+
+    import vae_latents
+
+    folder = tmp_path_factory.mktemp("latents")
+    shapes.write(folder / "images", 60, 32)
+    small = "--size 32 --factor 2 --steps 20 --device cpu".split()
+    call(small_vae, folder / "images", *small, "--out", folder / "vae.pt")
+    flags = "--image-size 32 --batch-size 16 --device cpu".split()
+    given = ["--images", folder / "images", "--vae", folder / "vae.pt"]
+    call(vae_latents, *given, *flags, "--out", folder / "shapes")
+    return folder / "shapes"
 
 
 @pytest.fixture(scope="session")
 def runs(latents, tmp_path_factory):
-    """Stage 1 (8 steps), its teacher and stage 2 (8 steps, guidance ending after 5) on those latents: a folder of out/ folders."""
+    """Runs on those latents: stage1 (8 steps), its teacher, stage2 (8 steps, guided for 5)."""
+    import build_teacher
+    import train_stage1
+    import train_stage2
+
     out = tmp_path_factory.mktemp("runs")
-    ok("train_stage1.py", *TRAIN, "--data", latents, "--steps", 8, "--out", out / "stage1")
-    ok("build_teacher.py", "--ckpt", out / "stage1/ckpt.pt", "--out", out / "teacher", "--probe-num", 40, "--device", "cpu")
-    ok("train_stage2.py", *TRAIN, "--data", latents, "--steps", 8, "--guide-steps", 5, "--teacher", out / "teacher/teacher.pt",
-       "--out", out / "stage2")
+    train = [*TRAIN, "--data", latents, "--steps", 8]
+    call(train_stage1, *train, "--out", out / "stage1")
+    call(build_teacher, "--ckpt", out / "stage1", "--out", out / "teacher")
+    guide = ["--guide-steps", 5, "--teacher", out / "teacher/teacher.pt"]
+    call(train_stage2, *train, *guide, "--out", out / "stage2")
     return out

@@ -1,0 +1,155 @@
+#!/usr/bin/env bash
+# What really helps? Every row of the experiment on CIFAR-10, then its table and its figure.
+#
+#   bash experiments/cifar10.sh                                       # all of it; again: it goes on
+#   IMAGES=DIR JOBS=4 COMPILE=1 bash experiments/cifar10.sh           # DIR/<class>/*.png at hand
+#   ONLY='^(N|relN|vanilla)-seed' bash experiments/cifar10.sh         # the rows of these names
+#   JUDGE=2 bash experiments/cifar10.sh                               # judged by a second judge
+#
+# JOBS trainings run at a time, one core each; JOBS=1 OMP_NUM_THREADS=16, or a GPU, runs them one
+# after the other. STEPS (a multiple of 4) and SAMPLES make it shorter. All is in out/cifar10:
+# NAME-seedS holds a run, its samples and the judge's figures, NAME-seedS.log what it printed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} JOBS=${JOBS:-2} JUDGE=${JUDGE:-}
+export STEPS=${STEPS:-6000} SAMPLES=${SAMPLES:-5000} COMPILE=${COMPILE:+--compile}
+export E=out/cifar10 DATA=data/cifar10-latents
+quarter=$((STEPS / 4)) half=$((STEPS / 2)) double=$((STEPS * 2))
+mkdir -p $E
+
+# What all trainings share, except where a row says otherwise
+export COMMON="--data $DATA --model SiT-Ti/2 --batch-size 32 --lr 2e-3 --warmup 100
+    --ema 0.998 --ema-ramp --projector-dim 256
+    --log-every 100 --save-every $quarter --keep 99 --sample-every 0 $COMPILE"
+
+# ---- What a row does. NAME is the row's name, its run is out/cifar10/NAME
+
+checkpoint() { printf '%s/%s/ckpt-%07d.pt' $E "$1" "$2"; }
+
+train() { # train SCRIPT STEPS FLAGS...: the seed is the last figure of the name
+    [ -e "$(checkpoint "$NAME" "$2")" ] ||
+        python "$1" $COMMON --seed "${NAME##*-seed}" --steps "$2" "${@:3}" --out "$E/$NAME"
+}
+
+student() { # student RUN/TEACHER FLAGS...: stage 2, guided to the end
+    train train_stage2.py "$STEPS" --teacher "$E/$1/teacher.pt" --guide-scale 10 \
+        --guide-steps 1000000 "${@:2}"
+}
+
+teacher() { # teacher STEP OUT FLAGS...: of this run after STEP steps, in out/cifar10/NAME/OUT
+    [ -e "$E/$NAME/$2/teacher.pt" ] ||
+        python build_teacher.py --ckpt "$(checkpoint "$NAME" "$1")" --student SiT-Ti/2 \
+            --out "$E/$NAME/$2" "${@:3}"
+}
+
+probe() { # probe STEP: the k-NN table of its features, in out/cifar10/NAME/probe
+    [ -e "$E/$NAME/probe/probe.json" ] ||
+        python experiments/probe.py "$(checkpoint "$NAME" "$1")" --out "$E/$NAME/probe"
+}
+
+measure() { # measure STEP...: samples of the EMA, from the same noise for all rows, and the judge
+    local step out judged
+    for step in "$@"; do
+        out=$E/$NAME/samples-$step judged=$E/$NAME/samples-$step/judged$JUDGE
+        [ -e "$out/samples.npz" ] ||
+            python sample.py --ckpt "$(checkpoint "$NAME" "$step")" --num "$SAMPLES" \
+                --mode euler --steps 16 --cfg 1 $COMPILE --out "$out" || return 1
+        [ -e "$judged.json" ] || {
+            python experiments/classifier.py judge "$E/classifier$JUDGE.pt" "$out/samples.npz" \
+                > "$judged.tmp" && mv "$judged.tmp" "$judged.json"
+        } || return 1
+    done
+}
+
+row() { # row "NAME: COMMANDS", with a log of its own
+    export NAME=${1%%:*}
+    echo "$(date +%T) $1"
+    (eval "${1#*: }") >> "$E/$NAME.log" 2>&1 || { echo "failed, see $E/$NAME.log: $1"; return 1; }
+}
+export -f checkpoint train student teacher probe measure row
+
+failed=0
+together() { # the rows on stdin, JOBS at a time; one that fails does not stop the others
+    { grep -E "${ONLY:-.}" || true; } | xargs -r -P "$JOBS" -d '\n' -n 1 bash -c 'row "$0"' ||
+        failed=1
+}
+
+# ---- The images, their latents, the judge
+
+if [ ! -e $DATA/meta.json ]; then
+    [ -n "${IMAGES:-}" ] || python experiments/cifar10.py "${IMAGES:=data/cifar10-images}"
+    python experiments/small_vae.py "$IMAGES" --size 32 --steps 3000 --out data/cifar10-vae.pt
+    python vae_latents.py --images "$IMAGES" --image-size 32 --vae data/cifar10-vae.pt --out $DATA
+fi
+[ -e "$E/classifier$JUDGE.pt" ] ||
+    OMP_NUM_THREADS=$((JOBS * OMP_NUM_THREADS)) python experiments/classifier.py train $DATA \
+        --augment --round-trips --width 48 --steps 2500 --seed "${JUDGE:-0}" \
+        --out "$E/classifier$JUDGE.pt"
+
+# ---- The teachers: stage 1 of a small network, N, and of the student's own size, Ti
+
+full=teacher-$STEPS
+teachers() {
+    local seed
+    echo "N-seed2: train train_stage1.py $double --model SiT-N/2" \
+        "&& teacher $STEPS $full && teacher $STEPS $full-ema --weights ema" \
+        "&& teacher $quarter teacher-$quarter && teacher $half teacher-$half" \
+        "&& teacher $double teacher-$double && probe $STEPS && measure $STEPS $double"
+    for seed in 3 1; do
+        echo "N-seed$seed: train train_stage1.py $STEPS --model SiT-N/2" \
+            "&& teacher $STEPS $full && measure $STEPS"
+    done
+    for seed in 2 3 1; do
+        echo "Ti-seed$seed: train train_stage1.py $STEPS" \
+            "&& teacher $STEPS $full && probe $STEPS && measure $quarter $half $STEPS"
+    done
+}
+
+# ---- The students. Each has a teacher of another seed: never one with its own initialisation
+
+described="--t-min 0.4 --t-max 0.7 --guide-weight 0.5" # the paper's words
+released="--t-min 0 --t-max 1 --guide-weight 0.15"     # the arithmetic of the authors' code
+measured="measure $quarter $half $STEPS"
+
+students() {
+    local seed other size
+    while read -r seed other; do
+        echo "vanilla-seed$seed: train train_stage1.py $double --align-weight 0" \
+            "&& $measured $((3 * half)) $double"
+        for size in N Ti; do
+            echo "rel$size-seed$seed: student $size-seed$other/$full $released && $measured"
+            echo "desc$size-seed$seed: student $size-seed$other/$full $described && $measured"
+        done
+    done <<< $'1 2\n2 3\n3 1'
+}
+
+one_seed() { # what the row as released, with the N teacher, depends on
+    local n=N-seed2/teacher
+    echo "relN-s3-seed1: student $n-$STEPS $released --guide-scale 3 && $measured"
+    echo "relN-s30-seed1: student $n-$STEPS $released --guide-scale 30 && $measured"
+    echo "relN-ema-seed1: student $n-$STEPS-ema $released && $measured"
+    echo "relN-ends-half-seed1: student $n-$STEPS $released --guide-steps $half && $measured"
+    echo "relN-teacher-quarter-seed1: student $n-$quarter $released && $measured"
+    echo "relN-teacher-half-seed1: student $n-$half $released && $measured"
+    echo "relN-teacher-double-seed1: student $n-$double $released && $measured"
+}
+
+baselines() { # other methods on the same loop; REPA's encoder is a CNN of its own, which saw labels
+    local b=experiments/baselines
+    echo "sra-seed1: train $b/sra.py $STEPS && $measured"
+    echo "vae_repa-seed1: train $b/vae_repa.py $STEPS && $measured"
+    echo "dispersive-seed1: train $b/dispersive.py $STEPS && $measured"
+    echo "repa-seed1: { [ -e $DATA/cnn.json ] ||" \
+        "python $b/repa_features.py --data $DATA --model SiT-Ti/2 --encoder cnn; }" \
+        "&& train $b/repa.py $STEPS --features $DATA/cnn.npy && $measured"
+}
+
+together < <(teachers)
+together < <(students; one_seed; baselines)
+
+if [ -n "$JUDGE" ]; then
+    python experiments/report.py --judge "$JUDGE" --figure "$E/compute$JUDGE.png"
+else
+    python experiments/report.py
+fi
+exit $failed

@@ -1,0 +1,162 @@
+"""Look at a network's features before they teach: a k-NN table by block and s, and a picture.
+
+    python experiments/probe.py out/stage1             # -> out/probe/probe.json, features.png
+
+To choose dt and s, read the table: the k-NN accuracy of f_u, f_c and f_g by block. f_c and f_g were
+told the label, so it says how loudly they repeat the class, not how well they see it; f_u was not
+told. A good s lies near the start of the plateau.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import models
+from models import UserError, say, setting
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+from build_teacher import extrapolate
+from vae_latents import LatentFolder, decode, find_vae
+
+
+def noisy(folder, rows, t, device, seed=0):
+    """(x0, x_t, t (n,), labels) of images `rows` at one t, with noise that only `seed` decides."""
+    mean, std = torch.from_numpy(folder.moments[rows]).float().chunk(2, dim=1)
+    generator = torch.Generator().manual_seed(seed)
+    x0 = folder.meta["scale"] * (mean + std * torch.randn(mean.shape, generator=generator))
+    x_t = (1 - t) * x0 + t * torch.randn(mean.shape, generator=generator)
+    times = torch.full((len(rows),), t, device=device)
+    return x0.to(device), x_t.to(device), times, folder.labels[rows].to(device)
+
+
+def knn_accuracy(features, labels, k=10) -> float:
+    """Share of the second half whose k nearest in the first half (cosine) vote for its label."""
+    features = F.normalize(features - features.mean(dim=0), dim=1)
+    half = len(features) // 2
+    near, nearest = (features[half:] @ features[:half].T).topk(min(k, half), dim=1)
+    votes = F.one_hot(labels[:half][nearest], int(labels.max()) + 1)
+    votes = (votes * near.exp().unsqueeze(2)).sum(dim=1)  # a nearer one's vote weighs more
+    return (votes.argmax(dim=1) == labels[half:]).double().mean().item()
+
+
+@torch.no_grad()
+def probe(model, folder, depths, scales, num, t, device) -> dict:
+    """{depth: {"f_u": k-NN accuracy, "f_c": .., "f_g 30": ..}} of mean-pooled features.
+
+    Pooling is linear, so the mean of f_g is extrapolated from those of f_c and f_u.
+    """
+    rows = np.random.default_rng(0).permutation(len(folder))[:num]
+    pooled = {depth: ([], []) for depth in depths}
+    progress = models.Progress("probe", len(rows))
+    for first in range(0, len(rows), 64):
+        part = rows[first : first + 64]
+        _, x_t, times, y = noisy(folder, part, t, device, seed=int(part[0]))
+        for which, labels in enumerate((y, torch.full_like(y, model.num_classes))):
+            for depth, tokens in model(x_t, times, labels, taps=depths)[1].items():
+                pooled[depth][which].append(tokens.float().mean(dim=1))
+        progress(first + len(part))
+    labels, table = folder.labels[rows].to(device), {}
+    for depth, both in pooled.items():
+        f_c, f_u = (torch.cat(parts) for parts in both)
+        features = {"f_u": f_u, "f_c": f_c}
+        features.update({f"f_g {s:g}": extrapolate(f_c, f_u, s) for s in scales})
+        table[depth] = {name: round(knn_accuracy(f, labels), 4) for name, f in features.items()}
+    return table
+
+
+def pca_rgb(tokens) -> np.ndarray:
+    """Tokens (n, T, D) -> (n, side, side, 3) uint8: three principal components over all images."""
+    n, T, D = tokens.shape
+    flat = tokens.reshape(n * T, D).double()
+    flat = flat - flat.mean(dim=0)
+    _, vectors = torch.linalg.eigh(flat.T @ flat)
+    colours = flat @ vectors[:, -3:].flip(1)
+    low, high = colours.quantile(torch.tensor([0.02, 0.98]).to(colours), dim=0)
+    colours = ((colours - low) / (high - low).clamp(min=1e-9)).clamp(0, 1) * 255
+    return colours.byte().reshape(n, int(T**0.5), int(T**0.5), 3).cpu().numpy()
+
+
+@torch.no_grad()
+def picture(model, folder, vae, blocks, s, t, device, rows=8) -> Image.Image:
+    """Rows are images; columns image, x_t, and as colours h_ds, f_c, f_u, f_g (blocks: ds, dt)."""
+    labels = folder.labels.unique()[:rows]
+    firsts = np.array([int((folder.labels == label).nonzero()[0]) for label in labels])
+    x0, x_t, times, y = noisy(folder, firsts, t, device)
+    tokens = model(x_t, times, y, taps=blocks)[1]
+    null = torch.full_like(y, model.num_classes)
+    f_c, f_u = tokens[blocks[1]], model(x_t, times, null, taps=blocks)[1][blocks[1]]
+    latent = (x_t[:, :3].permute(0, 2, 3, 1) / 4 + 0.5).clamp(0, 1) * 255
+    columns = {
+        "image": decode(vae, x0),
+        f"x_t, t = {t:g}": latent.byte().cpu().numpy(),
+        f"h_{blocks[0]}": pca_rgb(tokens[blocks[0]]),
+        f"f_c = h_{blocks[1]}": pca_rgb(f_c),
+        "f_u": pca_rgb(f_u),
+        f"f_g, s = {s:g}": pca_rgb(extrapolate(f_c, f_u, s)),
+    }
+    sheet = Image.new("RGB", (len(columns) * 112, 18 + len(y) * 112), "white")
+    for column, (title, cells) in enumerate(columns.items()):
+        ImageDraw.Draw(sheet).text((column * 112 + 4, 3), title, fill="black")
+        for row, cell in enumerate(cells):
+            cell = Image.fromarray(cell).resize((108, 108), Image.NEAREST)
+            sheet.paste(cell, (column * 112, 18 + row * 112))
+    return sheet
+
+
+@dataclass
+class Settings:
+    ckpt: str = setting("", "a run's folder, or one of its checkpoints", positional=True)
+    data: str | None = setting(None, "latent folder (default: the run's)")
+    vae: str | None = setting(None, "VAE of the picture (default: the one that made the latents)")
+    out: str = setting("out/probe", "folder for probe.json and features.png")
+    weights: str = setting("model", "raw weights (paper) or their EMA", choices=["model", "ema"])
+    depth: int | None = setting(None, "block dt (default: by size)", at_least=1)
+    num: int | None = setting(None, "images (default: 20 a class, 2000 at least)", at_least=2)
+    scales: str = setting("3,10,30", "scales s to try; the picture shows the last")
+    t: float = setting(0.5, "noise level", above=0, below=1)
+    device: str = setting("auto", "cpu, cuda or cuda:N; auto is cuda where there is one")
+
+
+def main():
+    args = models.parse_settings(Settings, __doc__)
+    try:
+        scales = [float(s) for s in args.scales.split(",")]
+    except ValueError as error:
+        raise UserError(f"--scales {args.scales}: give numbers such as 3,10,30") from error
+    model, file = models.load_checkpoint(args.ckpt, args.weights)
+    size, _ = models.parse_name(model.name)
+    depth, device = args.depth or size.teacher_depth, models.setup(args.device)[0]
+    if depth > model.depth:
+        raise UserError(f"--depth {depth}: {model.name} has blocks 1 to {model.depth}")
+    data = args.data or (file["args"]["data"] if "meta" in file else None)
+    if not data:
+        raise UserError("--data: the checkpoint does not name its latents; name them")
+    folder, model = LatentFolder(data), model.to(device)
+    num = min(args.num or max(2000, 20 * model.num_classes), len(folder))
+    if num < 20 * model.num_classes or model.num_classes < 2:
+        say("warning: to mean much, the table needs 2 classes and 20 images of each")
+    depths = {*range(2, model.depth + 1, max(1, model.depth // 8)), depth, size.student_depth}
+    table = probe(model, folder, sorted(depths), scales, num, args.t, device)
+    say(f"k-NN accuracy at t = {args.t:g}; f_c and f_g were told the label, f_u was not")
+    say("block  " + "".join(f"{title:>9}" for title in table[depth]))
+    for block, line in table.items():
+        values = "".join(f"{value:9.3f}" for value in line.values())
+        say(f"{block:5}  {values}{'   <- dt' if block == depth else ''}")
+    out = Path(args.out)
+    with models.atomic_write(out / "probe.json") as f:
+        f.write(json.dumps({"t": args.t, "num": num, "blocks": table}, indent=1).encode())
+    vae = find_vae(args.vae, folder.meta, data).to(device)
+    blocks = (size.student_depth, depth)
+    with models.atomic_write(out / "features.png") as f:
+        picture(model, folder, vae, blocks, scales[-1], args.t, device).save(f, format="PNG")
+    say(f"look at {out}/features.png")
+
+
+if __name__ == "__main__":
+    models.run(main)

@@ -1,0 +1,99 @@
+"""Draw an image folder: ten classes of shapes, OUT/<class>/<index>.png.
+
+    python experiments/shapes.py data/shapes-images --num 10000 --size 32
+
+Image i is a function of i alone: a figure of random place, size and tilt, in two random colours.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+
+def polygon(n, r=1.0, turn=0.0, dx=0.0, dy=0.0):
+    """Corners of a regular polygon in [-1, 1]^2, y downwards, one corner on top."""
+    a = 2 * np.pi * np.arange(n) / n - np.pi / 2 + turn
+    return np.stack([r * np.cos(a) + dx, r * np.sin(a) + dy], axis=1)
+
+
+def rectangle(left, top, right, bottom):
+    return np.array([(left, top), (right, top), (right, bottom), (left, bottom)])
+
+
+def star():
+    points = np.stack([polygon(5), polygon(5, 0.42, np.pi / 5)], axis=1)
+    return points.reshape(10, 2)
+
+
+def heart():
+    a = np.linspace(0, 2 * np.pi, 60)
+    y = 13 * np.cos(a) - 5 * np.cos(2 * a) - 2 * np.cos(3 * a) - np.cos(4 * a)
+    return np.stack([np.sin(a) ** 3, -y / 16], axis=1)
+
+
+def arrow():
+    head = [(1, 0), (0.1, -0.8), (0.1, -0.3)]
+    return np.array([*head, (-1, -0.3), (-1, 0.3), (0.1, 0.3), (0.1, 0.8)])
+
+
+# name -> polygons; those of CUT_OUT lose their second polygon
+SHAPES = {
+    "circle": [polygon(60)],
+    "square": [rectangle(-0.8, -0.8, 0.8, 0.8)],
+    "triangle": [polygon(3)],
+    "star": [star()],
+    "cross": [rectangle(-0.3, -1, 0.3, 1), rectangle(-1, -0.3, 1, 0.3)],
+    "ring": [polygon(60), polygon(60, 0.55)],
+    "crescent": [polygon(60), polygon(60, 0.8, 0, 0.5, -0.1)],
+    "heart": [heart()],
+    "bars": [rectangle(x - 0.2, -0.95, x + 0.2, 0.95) for x in (-0.75, 0, 0.75)],
+    "arrow": [arrow()],
+}
+CUT_OUT = {"ring", "crescent"}
+
+
+def draw_shape(index, size) -> tuple[str, Image.Image]:
+    """The class and the picture (size x size, RGB) of drawing `index`."""
+    rng = np.random.default_rng((20260107, index))
+    name = list(SHAPES)[index % len(SHAPES)]
+    canvas = 4 * size  # drawn four times too large, then averaged: smooth edges
+    dark, bright = rng.integers(0, 90, 3), rng.integers(0, 256, 3)
+    bright[rng.integers(3)] = rng.integers(200, 256)  # so the figure always stands out
+    ink, paper = (bright, dark) if rng.random() < 0.5 else (dark, bright)
+    ink, paper = tuple(map(int, ink)), tuple(map(int, paper))
+    radius = canvas * rng.uniform(0.26, 0.4)
+    centre = canvas / 2 + rng.uniform(-1, 1, 2) * (canvas * 0.45 - radius)
+    tilt = rng.uniform(-0.3, 0.3)
+    turn = np.array([[np.cos(tilt), -np.sin(tilt)], [np.sin(tilt), np.cos(tilt)]])
+    image = Image.new("RGB", (canvas, canvas), paper)
+    for number, points in enumerate(SHAPES[name]):
+        colour = paper if number and name in CUT_OUT else ink
+        corners = centre + radius * points @ turn.T
+        ImageDraw.Draw(image).polygon([tuple(corner) for corner in corners], fill=colour)
+    return name, image.resize((size, size), Image.BOX)
+
+
+def write(out, num, size):
+    for name in SHAPES:
+        (Path(out) / name).mkdir(parents=True, exist_ok=True)
+    for index in range(num):
+        name, image = draw_shape(index, size)
+        image.save(Path(out) / name / f"{index:05d}.png")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", help="folder to write, one folder a class")
+    parser.add_argument("--num", type=int, default=10000, help="drawings in all (default: 10000)")
+    parser.add_argument("--size", type=int, default=32, help="side in pixels (default: 32)")
+    args = parser.parse_args()
+    write(args.out, args.num, args.size)
+    print(f"{args.out}: {args.num} drawings of {len(SHAPES)} classes, {args.size} px")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Train a small KL autoencoder on an image folder, for vae_latents.py --vae: minutes on a CPU.
+
+    python experiments/small_vae.py data/shapes-images --size 32 --factor 2 --out data/shapes-vae.pt
+
+Loss: mean squared error + 1e-4 KL(posterior || N(0, I)) per latent number.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import models
+from models import UserError, say, setting
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from vae_latents import AutoencoderKL, ResnetBlock, from_uint8, list_images, load_vae
+
+
+def train_small_vae(images, factor=4, steps=1000, seed=0, device="cpu") -> AutoencoderKL:
+    """A VAE with 4 latent channels, trained on images (N, S, S, 3) uint8, in eval mode."""
+    torch.manual_seed(seed)
+    channels = {2: (16, 32), 4: (16, 32, 64), 8: (16, 32, 64, 64)}[factor]
+    vae = AutoencoderKL(channels, layers=1).to(device, memory_format=torch.channels_last)
+    for module in vae.modules():  # nearly linear at first: it learns fast
+        if isinstance(module, ResnetBlock):
+            nn.init.zeros_(module.conv2.weight)
+    vae.quant_conv.bias.data[vae.latent_channels :] = -5.0  # a narrow posterior at first
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0, fused=True)
+    progress = models.Progress("small VAE: step", steps)
+    for step in range(1, steps + 1):
+        batch = from_uint8(images[torch.randint(len(images), (16,)).numpy()]).to(device)
+        mean, std = vae.encode(batch)
+        error = F.mse_loss(vae.decode(mean + std * torch.randn_like(std)), batch)
+        kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()
+        optimizer.zero_grad()
+        (error + 1e-4 * kl).backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        rise, fall = 10 * step / steps, 0.5 + 0.5 * np.cos(np.pi * step / (steps + 1))
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(rise, fall)  # warm-up, then half a cosine
+        optimizer.step()
+        progress(step, f"mse {error:.4f}  kl {kl:.2f}")
+    with torch.no_grad():
+        mean, std = vae.encode(from_uint8(images[:1024]).to(device))
+        vae.scale = 1 / (mean.var() + (std**2).mean()).sqrt().item()  # latents of unit variance
+    return vae.eval()
+
+
+@torch.no_grad()
+def psnr(vae, images) -> float:
+    """Peak signal-to-noise ratio of round trips, in dB."""
+    device = next(vae.parameters()).device
+    pixels = from_uint8(images).to(device)
+    decoded = vae.decode(vae.encode(pixels)[0]).clamp(-1, 1)
+    return (10 * torch.log10(4 / F.mse_loss(decoded, pixels))).item()
+
+
+@dataclass
+class Settings:
+    images: str = setting("", "DIR/<class>/**/*.jpg", positional=True)
+    out: str = setting("data/small-vae.pt", "file to write")
+    size: int = setting(32, "side in pixels after the crop", at_least=8)
+    factor: int = setting(4, "downsampling of the latents", choices=[2, 4, 8])
+    steps: int = setting(1000, "steps of 16 images", at_least=1)
+    num: int = setting(10_000, "images to learn from, at most", at_least=1)
+    seed: int = setting(0, "seed of the training", at_least=0, at_most=2**63 - 1)
+    device: str = setting("auto", "cpu, cuda or cuda:N; auto is cuda where there is one")
+
+
+def main():
+    args = models.parse_settings(Settings, __doc__)
+    if Path(args.out).exists():
+        load_vae(args.out)
+        return say(f"{args.out}: is there already, nothing to do")
+    device, _, _ = models.setup(args.device)
+    source = list_images(args.images, args.size)
+    some, images = np.random.default_rng(args.seed).permutation(len(source))[: args.num], []
+    progress = models.Progress("read", len(some))
+    for number, index in enumerate(some, 1):
+        images += [image for image in source[index][:1] if not isinstance(image, str)]
+        progress(number)
+    if not images:
+        raise UserError(f"{args.images}: none of its images can be read")
+    images = np.stack(images)
+    vae = train_small_vae(images, args.factor, args.steps, args.seed, device)
+    with models.atomic_write(args.out) as file:
+        state = {key: value.cpu() for key, value in vae.state_dict().items()}
+        torch.save({"model": state, "scale": vae.scale}, file)
+    say(f"{args.out}: round trips of {psnr(vae, images[:256]):.1f} dB PSNR")
+
+
+if __name__ == "__main__":
+    models.run(main)
