@@ -1,9 +1,9 @@
-# make demo: the whole method on drawn shapes, 13 minutes on 2 CPU cores. make test: the tests. Both make .venv first.
-# make experiment: the README's figures on CIFAR-10, four hours on 2 CPU cores; IMAGES=DIR if CIFAR-10 is at hand as PNGs.
+# make demo: the whole method on drawn shapes, on a CPU. make test: the tests. make lint: the formatter
+# and linter. make experiment: docs/results.md's figures on CIFAR-10, hours; IMAGES=DIR if it is at hand.
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: demo test experiment clean
+.PHONY: demo test lint experiment clean
 
 .venv: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -14,14 +14,18 @@ PY = .venv/bin/python
 	.venv/bin/pip install --quiet -r requirements-dev.txt
 	touch .venv/dev
 
-demo: .venv
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash tests/demo.sh
+demo: .venv .venv/dev
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash experiments/demo.sh
+
+lint: .venv .venv/dev
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
 
 test: .venv .venv/dev
 	$(PY) -m pytest -q tests
 
 experiment: .venv .venv/dev
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash tests/experiment.sh
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash experiments/cifar10.sh
 
 clean:
 	rm -rf out data

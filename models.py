@@ -262,6 +262,7 @@ def load_checkpoint(path, weights="ema") -> tuple[SiT, dict]:
         classes = state["y_embedder.embedding_table.weight"].shape[0] - 1
         sizes = [key for key, size in SIZES.items() if size[:2] == (depth, width)]
         name = f"SiT-{sizes[0] if sizes else f'{depth}-blocks-of-{width}'}/{patch}"
+        name = file["args"]["model"] if "meta" in file else name  # ours says it itself
         model = build(name, side, channels, classes, "blocks.0.attn.q_norm.weight" in state)
         model.load_state_dict(state)
     model.name = name
@@ -269,7 +270,6 @@ def load_checkpoint(path, weights="ema") -> tuple[SiT, dict]:
 
 
 # ---- Settings: one dataclass a script, one line a setting, turned into flags here
-
 RULES = {"at_least": ge, "above": gt, "below": lt, "at_most": le}  # of a number
 
 
@@ -284,8 +284,8 @@ def refuse(message):
 
 def parse_settings(Settings: type, doc: str):
     """The command line as an object of the dataclass `Settings`; UserError for a bad value."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=style, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = refuse
     for f in fields(Settings):
         kind = (typing.get_args(f.type) or (f.type,))[0]  # `int | None`: an int that may be absent

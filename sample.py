@@ -116,8 +116,7 @@ def main():
     model, file = models.load_checkpoint(args.ckpt, args.weights)
     meta = file.get("meta")
     names = meta["classes"] if meta else [str(label) for label in range(model.num_classes)]
-    known = {str(label): label for label in range(len(names))}
-    known.update({name: label for label, name in enumerate(names)})
+    known = {key: i for i, name in enumerate(names) for key in (str(i), name)}
     wanted = args.classes.split(",") if args.classes else names
     if set(wanted) - known.keys():
         labels = f"labels run from 0 to {len(names) - 1}, names from {names[0]} to {names[-1]}"

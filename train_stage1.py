@@ -67,7 +67,7 @@ class TrainSettings:
 
 # What may differ when a run is continued; a change of the second line's is printed and logged
 FREE = "data out steps accum compile grad_checkpoint device log_every save_every keep teacher"
-FREE_BUT_SAID = "lr clip align_weight guide_weight"
+FREE_BUT_SAID = "lr clip weight align_weight guide_weight"
 
 # ---- Everything random, as a function of (seed, step)
 
@@ -146,6 +146,7 @@ class Auxiliary:
 
     name = "aux"  # in the log
     identity = None  # what must stay the same when the run is continued, such as a teacher's hash
+    teacher = None  # a network that is dropped when the loss ends
     ema: nn.Module  # the averaged network, set by the loop
 
     def __init__(self, args: TrainSettings, depth: int, weight=0.5, until=sys.maxsize):
@@ -236,7 +237,7 @@ def train(args: TrainSettings, auxiliary: Auxiliary):
 
     for step in range(start, args.steps):  # the number of steps done so far
         if guided and step == auxiliary.until:  # neither teacher nor projector is needed any more
-            guided = False
+            guided = network = auxiliary.teacher = None  # nor held while the next is made
             state.drop_projector()
             network = parallel(Losses(state.model, None, auxiliary, rows), args, device)
 
@@ -291,7 +292,7 @@ def parallel(losses, args, device):
     losses = torch.compile(losses, dynamic=False) if compiled else losses
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return losses
-    # The only buffer is the constant position table; torch renamed the flag after 2.11
+    # torch renamed the flag after 2.11; the only buffer is the constant position table
     buffers = "forward_sync_buffers" if hasattr(DDP, "broadcast_buffers") else "broadcast_buffers"
     cards = [device.index] if device.type == "cuda" else None
     # Few buckets, because the compiled graph is cut at each
@@ -342,15 +343,10 @@ class State:
         """End the run, status 3 on every process; nothing was saved after the last good step."""
         tensors = [*self.model.parameters(), *self.ema.parameters(), self.sums]
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
-            newest, first = (
-                next(iter(models.checkpoints(args.out)), "none"),
-                self.step - self.sums[3],
-            )
-            advice = (
-                "--log-every 1 finds it; another --lr, --clip or weight of the loss may pass it"
-            )
+            newest = next(iter(models.checkpoints(args.out)), "none")
+            what = f"a step from {self.step - self.sums[3] + 1:.0f} to {self.step} is not finite"
+            advice = "--log-every 1 finds it, another --lr, --clip or weight may pass it"
             if rank == 0:
-                what = f"a step from {first + 1:.0f} to {self.step} is not finite and was not taken"
                 say(f"error: {what}; {advice}; newest checkpoint: {newest}", sys.stderr)
             sys.exit(3)
 
@@ -421,15 +417,17 @@ class Log:
     """log.jsonl, the same in every run of these settings, and the line for the terminal."""
 
     def __init__(self, args, name, state, saved, world):
-        self.args, self.name, self.state, self.clock = args, name, state, time.time()
+        self.args, self.name, self.state = args, name, state
+        self.clock, self.clock_step = time.time(), state.step
         self.flops = 3 * state.model.forward_flops() / world  # the backward pass is two forward
         self.path, lines = Path(args.out) / "log.jsonl", []
         if self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
+            lines = self.path.read_text().splitlines()
         with models.atomic_write(self.path) as file:  # what came after the checkpoint comes again
             for line in lines:
                 with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut by a kill
-                    file.write(line.encode() if json.loads(line)["step"] <= state.step else b"")
+                    if json.loads(line)["step"] <= state.step:
+                        file.write(f"{line}\n".encode())
         say(f"{args.model}, steps {state.step} to {args.steps}")
         if saved and saved["changed"]:
             say(f"continued with {', '.join(saved['changed'])}")
@@ -449,7 +447,8 @@ class Log:
         diff, aux, norm = (total / count for total in sums)
         record = {"step": step, "loss_diff": diff, f"loss_{self.name}": aux, "grad_norm": norm}
         self.append({**record, "lr": lr})
-        rate, self.clock = count * self.args.batch_size / (time.time() - self.clock), time.time()
+        rate = (step - self.clock_step) * self.args.batch_size / (time.time() - self.clock)
+        self.clock, self.clock_step = time.time(), step
         left = (self.args.steps - step) * self.args.batch_size / rate / 60
         losses = f"diff {diff:.4f}  {self.name} {aux:.4f}  grad {norm:.3f}"
         speed = f"{rate:.0f} images/s  {rate * self.flops / 1e12:.2f} TFLOP/s  {left:.1f} min left"
@@ -479,8 +478,7 @@ class Signals:
             self.asked = True
 
     def agreed(self, world) -> bool:
-        """Whether any process was asked to stop: all of them stop after the same step."""
-        asked = torch.tensor(int(self.asked))
+        asked = torch.tensor(int(self.asked))  # of any process: all stop after the same step
         if world > 1:
             dist.all_reduce(asked, op=dist.ReduceOp.MAX)  # on the CPU, over gloo
         return bool(asked)

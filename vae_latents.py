@@ -336,7 +336,6 @@ def main():
         if LatentFolder(out).meta.get("tag") != tag:
             raise UserError(f"{out}: holds latents of other images or VAE; choose another --out")
         return say(f"{out}: is complete already, nothing to do")
-
     part, finished = out / f"moments-{tag}.part.npy", out / f"done-{tag}.part.npy"
     done, every_bad = shared_array(finished, (N,), np.uint8, rank), []
     if not done.all():  # else a run was killed between here and its end: go on there

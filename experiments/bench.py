@@ -335,29 +335,35 @@ def feature_errors(teacher, batch):
 
 
 @torch.no_grad()
-def neighbours(embedder, strata=256):
-    """How well neighbouring t's are told apart by the time embedding, for a batch of `strata`.
+def neighbours(model, strata=256):
+    """How well the network tells neighbouring t's apart, for a batch of `strata`.
 
-    Their difference against float64's, as (cosine, length over the true length), means over all
-    pairs: of the MLP under bfloat16 autocast, of the float32 MLP as models.py has it, and of that
-    one's output rounded to bfloat16, which is what the blocks' adaLN layers read under autocast.
+    The difference of their time embeddings against float64's, as (cosine, length over the true
+    length), means over all pairs: of the MLP under bfloat16 autocast; of the float32 MLP, as
+    models.py has it; and of what the blocks' adaLN layers make of that one under autocast, which
+    is silu(c) in bfloat16.
     """
-    device = embedder.mlp[0].weight.device
+    device, label = model.pos_embed.device, model.y_embedder["embedding_table"].weight[0]
     t = (torch.arange(strata, device=device) + 0.5) / strata
     inputs = []
-    hook = embedder.mlp.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    now = embedder(t)
+    hook = model.t_embedder.mlp.register_forward_pre_hook(lambda mlp, args: inputs.append(args[0]))
+    now = model.t_embedder(t)
     hook.remove()
     with torch.autocast(device.type, torch.bfloat16):
-        before = embedder.mlp(inputs[0])
-    true = copy.deepcopy(embedder).double()(t).diff(dim=0)
-    found = []
-    for embedding in (before, now, now.bfloat16()):
-        difference = embedding.double().diff(dim=0)
-        cosine = F.cosine_similarity(difference, true, dim=1).mean().item()
-        length = (difference.norm(dim=1) / true.norm(dim=1)).mean().item()
-        found.append((cosine, length))
-    return found
+        before = model.t_embedder.mlp(inputs[0])
+    exact = copy.deepcopy(model.t_embedder).double()(t)
+    read = F.silu(now + label).bfloat16()
+    return [
+        compare_differences(before, exact),
+        compare_differences(now, exact),
+        compare_differences(read, F.silu(exact + label)),
+    ]
+
+
+def compare_differences(embeddings, exact):
+    found, true = embeddings.double().diff(dim=0), exact.diff(dim=0)
+    cosine = F.cosine_similarity(found, true, dim=1).mean().item()
+    return cosine, (found.norm(dim=1) / true.norm(dim=1)).mean().item()
 
 
 def bench_precision(device, repeats):
@@ -371,12 +377,13 @@ def bench_precision(device, repeats):
     for name, (model, prototypes) in trained.items():
         x_t, t, y, _ = toy_batch(prototypes, 16)
         with tf32(False):
-            times[name] = neighbours(model.t_embedder)
+            times[name] = neighbours(model)
             gap, *errors = feature_errors(model.cut(8), (x_t, 0.4 + 0.3 * t, y))
         say(f"  {name:10} {gap:20.4f} " + " ".join(f"{error:9.2e}" for error in errors))
     say("\ntime embeddings of neighbouring t's, 1/256 apart: their difference against float64's,")
     say("cosine (1 is right) and length (1 is right)")
-    say(f"  {'size':10} {'MLP in bfloat16':>18} {'in float32 (now)':>18} {'then rounded':>18}")
+    titles = f"{'MLP in bfloat16':>18} {'in float32 (now)':>18} {'as adaLN reads it':>18}"
+    say(f"  {'size':10} {titles}")
     for name, found in times.items():
         cells = [f"{cosine:.4f}, {length:.2f}x" for cosine, length in found]
         say(f"  {name:10} " + " ".join(f"{cell:>18}" for cell in cells))

@@ -1,6 +1,6 @@
 """Write CIFAR-10 as an image folder, OUT/<class>/<index>.png, downloaded by torchvision.
 
-    python experiments/cifar10.py data/cifar10-images           # the 50,000 training images
+python experiments/cifar10.py data/cifar10-images           # the 50,000 training images
 """
 
 import argparse

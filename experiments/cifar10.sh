@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What really helps? Every row of the experiment on CIFAR-10, then its table and its figure.
+# What really helps? Every row of the experiment on CIFAR-10, then its tables and pictures.
 #
 #   bash experiments/cifar10.sh                                       # all of it; again: it goes on
 #   IMAGES=DIR JOBS=4 COMPILE=1 bash experiments/cifar10.sh           # DIR/<class>/*.png at hand
@@ -20,7 +20,7 @@ mkdir -p $E
 # What all trainings share, except where a row says otherwise
 export COMMON="--data $DATA --model SiT-Ti/2 --batch-size 32 --lr 2e-3 --warmup 100
     --ema 0.998 --ema-ramp --projector-dim 256
-    --log-every 100 --save-every $quarter --keep 99 --sample-every 0 $COMPILE"
+    --log-every 100 --save-every $quarter --keep 99 $COMPILE"
 
 # ---- What a row does. NAME is the row's name, its run is out/cifar10/NAME
 
@@ -64,7 +64,7 @@ measure() { # measure STEP...: samples of the EMA, from the same noise for all r
 row() { # row "NAME: COMMANDS", with a log of its own
     export NAME=${1%%:*}
     echo "$(date +%T) $1"
-    (eval "${1#*: }") >> "$E/$NAME.log" 2>&1 || { echo "failed, see $E/$NAME.log: $1"; return 1; }
+    (eval "${1#*: }") >> "$E/$NAME.log" 2>&1 || { echo "failed: see $E/$NAME.log"; return 1; }
 }
 export -f checkpoint train student teacher probe measure row
 
@@ -147,9 +147,17 @@ baselines() { # other methods on the same loop; REPA's encoder is a CNN of its o
 together < <(teachers)
 together < <(students; one_seed; baselines)
 
+# ---- The tables, the figure, the pictures
+
 if [ -n "$JUDGE" ]; then
     python experiments/report.py --judge "$JUDGE" --figure "$E/compute$JUDGE.png"
-else
-    python experiments/report.py
+    exit $failed
 fi
+python experiments/report.py
+for name in vanilla-seed1 descTi-seed1 relN-seed1; do # with guidance, to see what they are
+    [ ! -e "$(checkpoint $name "$STEPS")" ] || [ -e $E/$name/picture/samples.npz ] ||
+        python sample.py --ckpt "$(checkpoint $name "$STEPS")" --num 60 --mode heun --steps 20 \
+            --cfg 3 --out $E/$name/picture
+done
+python experiments/pictures.py --step "$STEPS" --teacher "Ti-seed2/$full" || failed=1
 exit $failed

@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fid import Statistics, frechet_distance, precision_recall
+from fid import frechet_distance, precision_recall, statistics
 from vae_latents import LatentFolder, decode, find_vae
 
 REFERENCE_NUM = 5000  # images in precision and recall
@@ -128,26 +128,23 @@ def train(args):
 
 @torch.no_grad()
 def describe(cnn, images):
-    """(Features (N, 128), predicted labels (N,), statistics) of images (N, S, S, 3) uint8."""
+    """(Features (N, 128), predicted labels (N,)) of images (N, S, S, 3) uint8."""
     features, logits = (torch.cat(x) for x in zip(*map(cnn, images.split(500)), strict=True))
-    statistics = Statistics()
-    for part in features.split(500):
-        statistics.update(part)
-    return features, logits.argmax(dim=1), statistics.finish()
+    return features, logits.argmax(dim=1)
 
 
 def reference(cnn, images) -> dict:
     """What samples are compared with: statistics of all images, features of some, evenly spaced."""
-    features, _, (mu, sigma) = describe(cnn, images)
+    features, _ = describe(cnn, images)
+    mu, sigma = map(torch.from_numpy, statistics(features))
     some = torch.linspace(0, len(images) - 1, min(REFERENCE_NUM, len(images))).long()
-    mu, sigma = torch.from_numpy(mu), torch.from_numpy(sigma)
     return {"mu": mu, "sigma": sigma, "reference": features[some].clone()}
 
 
 def measure(cnn, file, images, labels) -> dict:
     """The judge's figures; precision and recall only if the classifier file has features."""
-    features, predicted, (mu, sigma) = describe(cnn, images)
-    distance = frechet_distance(mu, sigma, file["mu"].numpy(), file["sigma"].numpy())
+    features, predicted = describe(cnn, images)
+    distance = frechet_distance(*statistics(features), file["mu"].numpy(), file["sigma"].numpy())
     agreement = (predicted == labels).double().mean().item()
     found = {"FD-CNN": round(distance, 3), "agreement": round(agreement, 4)}
     if "reference" in file:

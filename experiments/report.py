@@ -194,20 +194,26 @@ def table(found: dict) -> str:
     return "\n".join(lines)
 
 
-def losses(runs: Path, found: dict, last=10) -> str:
-    """The means of the last lines of the logs."""
+def last_losses(run: Path, last=10) -> tuple[list, list]:
+    """([L_diff], [the auxiliary loss]), means of the last lines of the log; empty: not there."""
+    try:
+        records = read_log(run)
+    except UserError as error:
+        say(f"warning: {error}", sys.stderr)
+        return [], []
+    key = auxiliary(records)
+    ends = [[r[k] for r in records[-last:]] if k else [] for k in ("loss_diff", key)]
+    return tuple([statistics.mean(end)] if end else [] for end in ends)
+
+
+def losses(runs: Path, found: dict) -> str:
     lines = ["| | seeds | L_diff | auxiliary loss |", "|---|---|--:|--:|"]
     for row, steps in found.items():
         seeds = sorted({seed for part in steps.values() for seed in part})
-        logs = [read_log(runs / f"{row}-seed{seed}") for seed in seeds]
-        ends = {"loss_diff": [], "auxiliary": []}
-        for records in logs:
-            key = auxiliary(records)
-            ends["loss_diff"].append(statistics.mean(r["loss_diff"] for r in records[-last:]))
-            if key:
-                ends["auxiliary"].append(statistics.mean(r[key] for r in records[-last:]))
+        ends = [last_losses(runs / f"{row}-seed{seed}") for seed in seeds]
         cells = [ROWS.get(row, row), ", ".join(map(str, seeds))]
-        lines.append("| " + " | ".join([*cells, *(spread(v, 4) for v in ends.values())]) + " |")
+        cells += [spread(sum(column, []), 4) for column in zip(*ends, strict=True)]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

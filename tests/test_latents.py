@@ -1,173 +1,282 @@
-"""Images to latents: the sources, the crop, every kind of image file, encoding by several processes and after kills."""
-import hashlib
+"""Images to latents: the crop, every kind of image file, encoding by processes and after kills."""
 
+import hashlib
+import json
 import os
-import random
+import shutil
 import subprocess
 import sys
-import time
+
+from models import UserError
 
 import numpy as np
 import pytest
+import shapes
+import small_vae
 import torch
+from conftest import ROOT, call, ok, script
 from PIL import Image
 
-from conftest import ROOT, ok, script
-from vae_latents import SHAPES, AutoencoderKL, LatentFolder, Shapes, center_crop, find_vae, to_rgb, to_uint8
+import vae_latents
+from vae_latents import AutoencoderKL, LatentFolder, find_vae, from_uint8, open_image
 
 
 def digest(folder):
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
+    files = [f for f in sorted(folder.iterdir()) if not f.name.startswith(".")]
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
 def test_shapes_are_a_function_of_the_index():
-    a, b = Shapes(100, 32), Shapes(5000, 32)
-    assert all(np.array_equal(a.load(i), b.load(i)) for i in (0, 7, 99))
-    assert a.labels[:12].tolist() == [*range(10), 0, 1] and a.names == list(SHAPES)
-    assert len({a.load(i).tobytes() for i in range(100)}) == 100
+    draw = shapes.draw_shape
+    assert [draw(i, 32)[0] for i in range(12)] == [*shapes.SHAPES, *list(shapes.SHAPES)[:2]]
+    assert draw(7, 32)[1].tobytes() == draw(7, 32)[1].tobytes()
+    assert len({draw(i, 32)[1].tobytes() for i in range(100)}) == 100
 
 
-def test_crop_is_adms():
+def test_crop_is_adms(tmp_path):
     """The halvings, the bicubic resize and the cut, written out again with other calls."""
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (301, 517, 3), dtype=np.uint8))
+    pixels = np.random.default_rng(0).integers(0, 256, (301, 517, 3), dtype=np.uint8)
+    image, file = Image.fromarray(pixels), tmp_path / "a.png"
+    image.save(file)
     halved = image.resize((258, 150), Image.BOX).resize((129, 75), Image.BOX)
     scaled = halved.resize((round(129 * 64 / 75), 64), Image.BICUBIC)
     left = (scaled.width - 64) // 2
-    assert np.array_equal(center_crop(image, 32), np.asarray(Image.fromarray(np.asarray(
-        halved.resize((64, 37), Image.BOX).resize((round(64 * 32 / 37), 32), Image.BICUBIC))))[:, (55 - 32) // 2:(55 - 32) // 2 + 32])
-    assert center_crop(image, 64).shape == (64, 64, 3)
-    assert np.array_equal(center_crop(image, 64), np.asarray(scaled)[:, left:left + 64])
-    exact = np.asarray(image)[:32, :32]
-    assert np.array_equal(center_crop(Image.fromarray(exact), 32), exact)
+    assert np.array_equal(open_image(file, 64), np.asarray(scaled)[:, left : left + 64])
+    small = halved.resize((64, 37), Image.BOX).resize((round(64 * 32 / 37), 32), Image.BICUBIC)
+    left = (small.width - 32) // 2
+    assert np.array_equal(open_image(file, 32), np.asarray(small)[:, left : left + 32])
+    Image.fromarray(pixels[:32, :32]).save(file)
+    assert np.array_equal(open_image(file, 32), pixels[:32, :32])
+    assert np.array_equal(open_image(file), pixels[:32, :32])
 
 
-def test_every_mode_becomes_the_right_rgb():
+def test_every_mode_becomes_the_right_rgb(tmp_path):
+    def rgb(image, ending="png", **options):
+        image.save(tmp_path / f"a.{ending}", **options)
+        return open_image(tmp_path / f"a.{ending}").astype(int)
+
     grey = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1))
     want = np.stack([grey] * 3, axis=2)
-    assert np.array_equal(np.asarray(to_rgb(Image.fromarray(grey))), want)
-    assert np.array_equal(np.asarray(to_rgb(Image.fromarray(grey.astype(np.uint16) * 257))), want)  # 16 bits: scaled, not clipped
+    assert np.array_equal(rgb(Image.fromarray(grey)), want)
+    sixteen = Image.fromarray(grey.astype(np.uint16) * 257)
+    assert np.array_equal(rgb(sixteen), want)  # scaled, not clipped
     palette = Image.fromarray(want).convert("P", palette=Image.ADAPTIVE, colors=64)
-    assert np.abs(np.asarray(to_rgb(palette)).astype(int) - want).max() <= 8
-    alpha = Image.fromarray(np.dstack([want, np.zeros_like(grey)]))  # wholly transparent: the white behind it
-    assert (np.asarray(to_rgb(alpha)) == 255).all()
+    assert np.abs(rgb(palette) - want).max() <= 8
+    clear = Image.fromarray(np.dstack([want, np.zeros_like(grey)]))
+    assert (rgb(clear) == 255).all()  # wholly transparent: the white behind it
     half = Image.fromarray(np.dstack([np.zeros_like(want), np.full_like(grey, 128)]))
-    assert abs(int(np.asarray(to_rgb(half))[0, 0, 0]) - 127) <= 1
-    assert np.asarray(to_rgb(Image.fromarray(want).convert("CMYK"))).shape == (32, 32, 3)
+    assert abs(rgb(half)[0, 0, 0] - 127) <= 1
+    assert rgb(Image.fromarray(want).convert("CMYK"), "tiff").shape == (32, 32, 3)
+
+
+def test_a_phones_picture_is_upright(tmp_path):
+    """EXIF orientation 6: the camera was turned; viewers show the picture turned back."""
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(open_image(tmp_path / "a.png"), np.rot90(pixels, -1))
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """An image folder of three classes, PNG and JPEG, sizes mixed, one nested, names awkward; and a VAE file."""
+    """An image folder of three classes, PNG and JPEG, sizes mixed, one nested; and a VAE file."""
     root = tmp_path_factory.mktemp("pictures")
-    source = Shapes(70, 32)
     for i in range(70):
         folder = root / "images" / f"class {i % 3}" / ("deep" if i == 3 else "")
         folder.mkdir(parents=True, exist_ok=True)
-        image = Image.fromarray(source.load(i)).resize((32 + i % 5, 40))
-        image.save(folder / (f"new\nline {i}.png" if i == 6 else f"{i}.{'png' if i % 2 else 'jpg'}"))
+        image = shapes.draw_shape(i, 32)[1].resize((32 + i % 5, 40))
+        name = "new\nline 6.png" if i == 6 else f"{i}.{'png' if i % 2 else 'jpg'}"
+        image.save(folder / name)
     (root / "images" / "class 1" / "notes.txt").write_text("not an image")
     torch.manual_seed(0)
-    torch.save({"model": AutoencoderKL((8, 16), layers=1).state_dict(), "scale": 0.9}, root / "vae.pt")
+    state = AutoencoderKL((8, 16), layers=1).state_dict()
+    torch.save({"model": state, "scale": 0.9}, root / "vae.pt")
     return root
 
 
-def encode(pictures, out, *more, **kwargs):
-    return script("vae_latents.py", "--dataset", "folder", "--images", pictures / "images", "--image-size", 32, "--vae", pictures / "vae.pt",
-                  "--batch-size", 8, "--out", out, "--device", "cpu", *more, **kwargs)
+def flags(pictures, out, *more):
+    flags = ["--images", pictures / "images", "--vae", pictures / "vae.pt", "--out", out]
+    return [*flags, "--image-size", 32, "--batch-size", 8, "--device", "cpu", *more]
 
 
 @pytest.fixture(scope="module")
 def encoded(pictures, tmp_path_factory):
     out = tmp_path_factory.mktemp("encoded") / "a"
-    assert encode(pictures, out).returncode == 0
+    call(vae_latents, *flags(pictures, out))
     return out
 
 
 def test_latent_folder_holds_what_it_promises(pictures, encoded):
     folder = LatentFolder(encoded)
-    assert sorted(os.listdir(encoded)) == ["images.npy", "labels.npy", "meta.json", "moments.npy"]
-    assert folder.meta["classes"] == ["class 0", "class 1", "class 2"] and folder.meta["num_images"] == 70
-    assert folder.meta["scale"] == 0.9 and folder.meta["vae"]["sha256"] == hashlib.sha256((pictures / "vae.pt").read_bytes()).hexdigest()
+    names = sorted(f for f in os.listdir(encoded) if not f.startswith("."))
+    assert names == ["files.json", "labels.npy", "meta.json", "moments.npy"]
+    assert folder.meta["classes"] == ["class 0", "class 1", "class 2"] and len(folder) == 70
+    assert folder.meta["scale"] == 0.9 and folder.shape == (4, 16, 16)
     assert np.bincount(folder.labels).tolist() == [24, 23, 23]
     vae = find_vae(None, folder.meta, encoded)
-    images = torch.from_numpy(folder.images([5, 40]).copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
-        mean, std = vae.encode(images)
-    torch.testing.assert_close(torch.from_numpy(folder.moments[[5, 40]]).float(), torch.cat([mean, std], 1), rtol=2e-3, atol=1e-3)
+        want = torch.cat(vae.encode(from_uint8(folder.images([5, 40]))), dim=1)
+    got = torch.from_numpy(folder.moments[[5, 40]]).float()
+    torch.testing.assert_close(got, want, rtol=2e-3, atol=1e-3)
 
 
+def test_images_of_a_folder_are_those_that_were_encoded(pictures, encoded):
+    folder = LatentFolder(encoded)
+    files = json.loads((encoded / "files.json").read_text())
+    want = [open_image(pictures / "images" / files[i], 32) for i in (0, 69)]
+    assert np.array_equal(folder.images([0, 69]), np.stack(want))
+    assert np.array_equal(folder.images(slice(0, 1))[0], want[0])
+
+
+def test_the_vae_is_compared_where_it_is_found(pictures, encoded, tmp_path):
+    """A changed file behind the same path is not the VAE that made the latents."""
+    meta = json.loads((encoded / "meta.json").read_text())
+    other = {k: v + 0.01 for k, v in torch.load(pictures / "vae.pt")["model"].items()}
+    torch.save({"model": other, "scale": 0.9}, tmp_path / "vae.pt")
+    meta["vae"]["path"] = str(tmp_path / "vae.pt")
+    with pytest.raises(UserError, match="is not the VAE that made"):
+        find_vae(None, meta, encoded)
+    assert find_vae(tmp_path / "vae.pt", meta, encoded).scale == 0.9  # --vae insists
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 3])
 def test_encoding_killed_and_repeated_is_byte_identical(pictures, encoded, processes, tmp_path):
-    """kill -9 at random moments until it gets through; with 3 processes, the whole group is killed."""
-    command = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"] if processes == 3 else []),
-               str(ROOT / "vae_latents.py"), "--dataset", "folder", "--images", str(pictures / "images"), "--image-size", "32", "--vae",
-               str(pictures / "vae.pt"), "--batch-size", "8", "--out", str(tmp_path / "b"), "--device", "cpu"]
-    rng, kills = random.Random(processes), 0
-    for attempt in range(4):
-        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.time() + rng.uniform(0.3, 0.8)  # from the first sign of work on
-        while process.poll() is None and (not (tmp_path / "b").exists() or time.time() < deadline):
-            time.sleep(0.01)
-            if not (tmp_path / "b").exists():
-                deadline = time.time() + rng.uniform(0.0, 0.5)
-        if process.poll() is None:
-            os.killpg(process.pid, 9)
-            kills += 1
+    """kill -9 after 1, 2, 3 chunks until it gets through; with 3 processes, the whole group."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / "vae_latents.py")]
+    command += map(str, flags(pictures, tmp_path / "b"))
+    kills = 0
+    for chunks in (1, 2, 4):
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while process.poll() is None:
+            done = list((tmp_path / "b").glob("done-*.part.npy"))
+            if done and np.load(done[0]).sum() >= 8 * chunks:
+                os.killpg(process.pid, 9)
+                kills += 1
+                break
         process.wait()
         if not (tmp_path / "b/meta.json").exists():
-            with pytest.raises(Exception, match="cut off|no latents"):
+            with pytest.raises(UserError, match="cut off"):
                 LatentFolder(tmp_path / "b")
-    result = encode(pictures, tmp_path / "b", processes=processes)
+    result = script("vae_latents.py", *flags(pictures, tmp_path / "b"), processes=processes)
     assert result.returncode == 0, result.stderr
     assert kills and digest(tmp_path / "b") == digest(encoded)
-    assert "nothing to do" in encode(pictures, tmp_path / "b").stdout
+    assert "nothing to do" in ok("vae_latents.py", *flags(pictures, tmp_path / "b"))
 
 
-def test_unreadable_images_stop_the_run_or_are_left_out(pictures, encoded, tmp_path):
-    """Truncated, empty, a zip renamed, a bomb, 1 x 5000: all are named and counted; --skip-bad leaves out just them."""
-    import shutil
-    import zipfile
+def test_an_encoding_killed_in_its_last_lines_is_not_lost(pictures, encoded, tmp_path, monkeypatch):
+    """Killed after moments.npy has its name, before meta.json: nothing is encoded again."""
+    out, write = tmp_path / "b", vae_latents.models.atomic_write
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(vae_latents.models, "atomic_write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        call(vae_latents, *flags(pictures, out))
+    assert (out / "moments.npy").exists() and not (out / "meta.json").exists()
+    monkeypatch.setattr(vae_latents.models, "atomic_write", write)
+    monkeypatch.setattr(AutoencoderKL, "encode", None)
+    call(vae_latents, *flags(pictures, out))
+    assert digest(out) == digest(encoded)
+
+
+def test_unreadable_images_stop_the_run_by_name(pictures, encoded, tmp_path, capsys):
+    """Truncated, empty, a pipe, 1 x 5000: all are named, counted and listed in a file."""
     shutil.copytree(pictures / "images", tmp_path / "images")
-    bad = tmp_path / "images" / "class 2"
-    whole = (pictures / "images" / "class 2" / "2.jpg").read_bytes()
-    (bad / "cut.jpg").write_bytes(whole[:len(whole) // 2])
-    (bad / "empty.png").write_bytes(b"")
-    with zipfile.ZipFile(bad / "zipped.jpg", "w") as z:
-        z.writestr("a", "b")
-    Image.new("RGB", (1, 5000)).save(bad / "thin.png")
-    Image.new("1", (20000, 20000)).save(bad / "bomb.png")
-    moved = tmp_path / "here"
-    moved.mkdir()
     shutil.copy(pictures / "vae.pt", tmp_path)
-    result = encode(tmp_path, tmp_path / "out")
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
-    for name in ("cut.jpg", "empty.png", "zipped.jpg", "thin.png", "bomb.png", "5 of 75", "--skip-bad"):
-        assert name in result.stderr, name
-    assert not (tmp_path / "out/meta.json").exists()
-    result = encode(tmp_path, tmp_path / "out", "--skip-bad")
-    assert result.returncode == 0 and "left out 5 of 75" in result.stdout
-    assert np.array_equal(np.load(tmp_path / "out/moments.npy"), np.load(encoded / "moments.npy")) or \
-        np.abs(np.load(tmp_path / "out/moments.npy").astype(float) - np.load(encoded / "moments.npy")).max() < 2e-3
-    assert np.array_equal(np.load(tmp_path / "out/labels.npy"), np.load(encoded / "labels.npy"))
+    bad = tmp_path / "images" / "class 2"
+    whole = (bad / "2.jpg").read_bytes()
+    (bad / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (bad / "empty.png").write_bytes(b"")
+    os.mkfifo(bad / "pipe.png")
+    Image.new("RGB", (1, 5000)).save(bad / "thin.png")
+    with pytest.raises(UserError) as error:
+        call(vae_latents, *flags(tmp_path, tmp_path / "out"))
+    said = str(error.value)
+    del error  # it holds main's frame, and with it the folder's lock
+    for name in ("cut.jpg", "empty.png", "pipe.png", "thin.png", "4 of 74", "unreadable.txt"):
+        assert name in said, name
+    listed = (tmp_path / "out/unreadable.txt").read_text().splitlines()
+    assert len(listed) == 4 and not (tmp_path / "out/meta.json").exists()
+    for name in ("cut.jpg", "empty.png", "pipe.png", "thin.png"):
+        (bad / name).unlink()
+    call(vae_latents, *flags(tmp_path, tmp_path / "out"))
+    moments = np.load(tmp_path / "out/moments.npy").astype(float)
+    assert np.abs(moments - np.load(encoded / "moments.npy")).max() < 2e-3
 
 
+def test_other_files_and_suspicious_classes_are_said(pictures, tmp_path, capsys):
+    shutil.copytree(pictures / "images" / "class 0", tmp_path / "images" / "train")
+    shutil.copy(pictures / "vae.pt", tmp_path)
+    (tmp_path / "images/train/movie.gif").write_bytes(b"GIF")
+    call(vae_latents, *flags(tmp_path, tmp_path / "out"))
+    said = capsys.readouterr().out
+    assert "1 classes (train); 1 other files, not .jpg" in said and "named like a part" in said
+
+
+def test_a_linked_class_folder_is_followed(pictures, encoded, tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in ("class 0", "class 1", "class 2"):
+        (tmp_path / "images" / name).symlink_to(pictures / "images" / name)
+    shutil.copy(pictures / "vae.pt", tmp_path)
+    call(vae_latents, *flags(tmp_path, tmp_path / "out"))
+    assert np.array_equal(np.load(tmp_path / "out/moments.npy"), np.load(encoded / "moments.npy"))
+
+
+def test_a_disk_that_is_too_small_is_an_error_before_the_work(pictures, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        call(vae_latents, *flags(pictures, tmp_path / "out"))
+    assert not list((tmp_path / "out").glob("*.part.npy"))
+
+
+@pytest.mark.slow
 def test_small_vae_round_trip(tmp_path):
-    """300 steps on drawn shapes already bring the error well under that of the best single colour per image."""
-    ok("vae_latents.py", "--dataset", "shapes", "--num", 200, "--vae-factor", 2, "--vae-steps", 300, "--out", tmp_path / "d", "--device", "cpu",
-       env={"OMP_NUM_THREADS": "2"})
-    folder = LatentFolder(tmp_path / "d")
-    vae = find_vae(None, folder.meta, tmp_path / "d")
-    images = folder.images(slice(0, 64)).astype(np.float64)
+    """300 steps on drawn shapes bring the error well under that of one colour per image."""
+    shapes.write(tmp_path / "images", 200, 32)
+    images = np.stack([open_image(f) for f in sorted((tmp_path / "images").rglob("*.png"))])
+    vae = small_vae.train_small_vae(images, factor=2, steps=300)
     with torch.no_grad():
-        decoded = to_uint8(vae.decode(torch.from_numpy(folder.moments[:64].copy()).float()[:, :4])).astype(np.float64)
-    x0 = folder.meta["scale"] * torch.from_numpy(folder.moments[:].copy()).float()[:, :4]
-    assert 0.7 < x0.std() < 1.3  # unit variance
-    error, flat = ((decoded - images) ** 2).mean(), ((images - images.mean(axis=(1, 2), keepdims=True)) ** 2).mean()
-    assert error < 0.5 * flat
+        mean, _ = vae.encode(from_uint8(images))
+        decoded = vae_latents.decode(vae, mean * vae.scale).astype(np.float64)
+    assert 0.7 < (mean * vae.scale).std() < 1.3  # unit variance
+    flat = ((images - images.mean(axis=(1, 2), keepdims=True)) ** 2).mean()
+    assert ((decoded - images) ** 2).mean() < 0.3 * flat
 
 
-def test_other_arguments_for_an_existing_folder_are_refused(pictures, encoded):
+@pytest.mark.parametrize("steps", [1, 10])
+def test_small_vae_of_few_steps(steps):
+    vae = small_vae.train_small_vae(np.zeros((4, 8, 8, 3), np.uint8), factor=2, steps=steps)
+    assert np.isfinite(vae.scale)
+
+
+def test_a_finished_folder_of_other_images_is_left_alone(pictures, encoded, tmp_path):
     before = digest(encoded)
-    result = encode(pictures, encoded, "--batch-size", 4)
-    assert result.returncode == 2 and "chunk" in result.stderr and digest(encoded) == before
+    shutil.copytree(pictures / "images" / "class 0", tmp_path / "images" / "class 0")
+    shutil.copy(pictures / "vae.pt", tmp_path)
+    with pytest.raises(UserError, match="other images or VAE; choose another --out"):
+        call(vae_latents, *flags(tmp_path, encoded))
+    assert digest(encoded) == before
+
+
+def test_the_verdict_on_a_damaged_folder_is_one(pictures, encoded, tmp_path):
+    """Training and vae_latents.py say the same of a folder whose moments were cut."""
+    shutil.copytree(encoded, tmp_path / "a")
+    data = (encoded / "moments.npy").read_bytes()
+    (tmp_path / "a/moments.npy").write_bytes(data[: len(data) // 2])
+    for attempt in (LatentFolder, lambda out: call(vae_latents, *flags(pictures, out))):
+        with pytest.raises(UserError, match="damaged; remove it and encode it again"):
+            attempt(tmp_path / "a")

@@ -67,10 +67,10 @@ def double(draws):
 
 # ---- the draws
 
+SHARES = [(1, 1), (7, 1), (10, 2), (16, 1), (16, 2), (16, 4), (24, 4), (256, 1), (256, 2), (256, 4)]
 
-@pytest.mark.parametrize(
-    "batch,ways", [(1, 1), (7, 1), (16, 1), (16, 2), (16, 4), (256, 1), (256, 2), (256, 4)]
-)
+
+@pytest.mark.parametrize("batch,ways", SHARES)
 def test_slice_holds_every_masked_sample_and_is_tight(batch, ways):
     t_min, t_max = 0.4, 0.7
     rows = guided_rows(batch, ways, t_min, t_max)
@@ -280,7 +280,9 @@ def test_losses_against_float64_loops(batch, ways, stage, tmp_path):
     projector = auxiliary.projector(model).double()
     rows = guided_rows(batch, ways, 0.4, 0.7)
     losses = Losses(model, projector, auxiliary, rows)
-    draws = double(draw(3, batch, (4, 16, 16), 0, "cpu"))
+    draws = double(draw(3, batch, (4, 16, 16), 0, "cpu", label_drop=0.5))
+    inside = (draws[0] >= 0.4) & (draws[0] <= 0.7)
+    assert 0 < draws[1][inside].sum() < inside.sum()  # some of those were told the null label
     indices = batch_indices(3, batch, len(folder), 0)
     moments, y_true = torch.from_numpy(folder.moments[indices]), folder.labels[indices]
     got_diff = got_aux = 0.0
@@ -309,7 +311,8 @@ def test_what_the_loop_logs_is_the_formula(stage, tmp_path):
     The teacher may be of another size: SiT-N/8 teaches SiT-Ti/8, whose P2 answers in its width.
     """
     data, out = write_folder(tmp_path / "data"), tmp_path / "out"
-    flags = [*TRAIN, "--data", data, "--out", out, "--steps", 1, "--log-every", 1, "--seed", 5]
+    flags = [*TRAIN, "--data", data, "--out", out, "--steps", 1, "--log-every", 1]
+    flags += ["--seed", 5, "--label-drop", 0.5]
     folder = train_stage1.LatentFolder(data)
     torch.manual_seed(5)
     model, teacher, dt = build("SiT-Ti/8", 16, 4, 10), None, None
@@ -328,9 +331,10 @@ def test_what_the_loop_logs_is_the_formula(stage, tmp_path):
         assert saved["projector"]["mlp.4.weight"].shape == (width, 32)
         teacher.double()
     record = json.loads((out / "log.jsonl").read_text())
-    t, drop, posterior, noise, _ = double(draw(0, 8, (4, 16, 16), 5, "cpu"))
+    t, drop, posterior, noise, _ = double(draw(0, 8, (4, 16, 16), 5, "cpu", 0.5))
     inside = [0.4 <= x <= 0.7 for x in t[3:6].tolist()]
     assert inside == [False, True, False]  # both ends of the slice are to be masked
+    assert drop[4] and not drop.all()  # the teacher hears a label that the student is not told
     indices = batch_indices(0, 8, len(folder), 5)
     mean, std = torch.from_numpy(folder.moments[indices]).double().chunk(2, dim=1)
     x0, y_true = mean + std * posterior, folder.labels[indices]
@@ -469,14 +473,14 @@ def test_after_guidance_neither_teacher_nor_projector_is_needed(tmp_path):
     flags = [*TRAIN, "--data", write_folder(tmp_path / "d"), "--guide-steps", 3, "--teacher", file]
     flags += ["--model", "SiT-N/8", "--steps", 5, "--log-every", 1, "--save-every", 1, "--keep", 9]
     call(train_stage2, *flags, "--out", tmp_path / "whole")
-    saved = [None] + [
-        torch.load(tmp_path / f"whole/ckpt-{step:07d}.pt", weights_only=True)
+    saved = {
+        step: torch.load(tmp_path / f"whole/ckpt-{step:07d}.pt", weights_only=True)
         for step in range(1, 6)
-    ]
+    }
     model, projector = build("SiT-N/8", 16, 4, 10), Projector(64, hidden=32)
     model, projector = (len(list(m.parameters())) for m in (model, projector))
-    for step in range(1, 6):
-        content, count = saved[step], model + (projector if step <= 3 else 0)
+    for step, content in saved.items():
+        count = model + (projector if step <= 3 else 0)
         assert (content["projector"] is not None) == (step <= 3)
         assert content["opt"]["param_groups"][0]["params"] == list(range(count))
         assert sorted(content["opt"]["state"]) == list(range(count))
@@ -722,7 +726,7 @@ def test_bf16_training_follows_float32():
     """Ten steps under bf16 autocast, weights in float32: the loss falls, close to float32's."""
     ends = []
     for enabled in (False, True):
-        model = tiny()
+        model = tiny(name="SiT-N")
         losses = Losses(model, None, auxiliary_loss("latent"), slice(0, 8))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         generator = torch.Generator().manual_seed(0)

@@ -24,7 +24,7 @@ from train_stage1 import Auxiliary, TrainSettings, train
 
 @dataclass
 class Settings(TrainSettings):
-    out: str = setting("out/dispersive", "folder of the run: checkpoints, log.jsonl, grids")
+    out: str = setting("out/dispersive", "folder of the run: checkpoints and log.jsonl")
     t_min: float = setting(0.0, "images count from this t on", at_least=0, at_most=1)
     t_max: float = setting(1.0, "and up to this one", at_least=0, at_most=1)
     disp_weight: float = setting(0.5, "weight of L_disp", above=0)

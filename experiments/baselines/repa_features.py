@@ -2,14 +2,14 @@
 
     python experiments/baselines/repa_features.py --data data/cifar10 --model SiT-Ti/2
 
---encoder cnn: a small residual CNN, trained here to classify the folder's own images.npy, its last
-feature map averaged over each token's patch. It saw the labels, which DINOv2 did not: say so beside
-any figure. It shares neither architecture nor seed with the judge, experiments/classifier.py.
+--encoder cnn: a small residual CNN, trained here to classify the folder's own images; its last map,
+averaged over the patch of each token. It saw the labels, which DINOv2 did not: say so beside any
+figure. It shares neither architecture nor seed with the judge, experiments/classifier.py.
 --encoder dinov2: DINOv2 ViT-B/14 (arXiv 2304.07193) from torch.hub, on 224-px copies of 256-px
 images, as REPA does. Written from the documentation of both; never run here.
 
-DATA/<encoder>.json beside it: the CNN's accuracy on images kept out of its training, and the FLOPs
-of encoding the folder, with the CNN's training; DINOv2's own is not counted.
+DATA/<encoder>.json beside it: the FLOPs of encoding the folder and, for the CNN, of its training,
+and its accuracy on images kept out of that.
 """
 
 import json
@@ -26,9 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import models
-from models import UserError, say, setting
+from models import say, setting
 
-from vae_latents import LatentFolder, ResnetBlock, from_uint8, open_image
+from vae_latents import LatentFolder, ResnetBlock, from_uint8
 
 BATCH = 128
 
@@ -64,8 +64,6 @@ class CNN(nn.Module):
 def train_cnn(args, folder, grid, device):
     """(A function from rows to tokens (n, T, D), accuracy on a tenth kept out of the training)."""
     images, labels = folder.images(slice(None)), folder.labels.to(device)
-    if images is None:
-        raise UserError(f"{args.data}: keeps no images.npy (kept up to 64 px); take dinov2")
     torch.manual_seed(args.seed)
     cnn = CNN(len(folder.meta["classes"])).to(device)
     optimizer = torch.optim.AdamW(cnn.parameters(), weight_decay=0.02)
@@ -96,14 +94,11 @@ def train_cnn(args, folder, grid, device):
 def load_dinov2(folder, grid, device):
     """A function from rows to DINOv2's normalised patch tokens (n, T, 768)."""
     dino = torch.hub.load("facebookresearch/dinov2", "dinov2_vitb14").to(device).eval()
-    files = json.loads((folder.path / "files.json").read_text())
-    paths = [Path(folder.meta["source"]) / file for file in files]
     mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(3, 1, 1)  # ImageNet's
     std = torch.tensor([0.229, 0.224, 0.225], device=device).view(3, 1, 1)
 
     def tokens(rows):
-        images = np.stack([open_image(paths[row], folder.meta["image_size"]) for row in rows])
-        x = ((from_uint8(images).to(device) + 1) / 2 - mean) / std
+        x = ((from_uint8(folder.images(rows)).to(device) + 1) / 2 - mean) / std
         x = F.interpolate(x, 14 * grid, mode="bicubic")  # a patch of 14 x 14 pixels a token
         return dino.forward_features(x)["x_norm_patchtokens"]
 
@@ -121,9 +116,9 @@ def main():
         tokens = load_dinov2(folder, grid, device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         D = tokens(np.arange(1)).shape[2]
-    info["flops"] = N * counter.get_total_flops()
+    info["flops_encoding"] = N * counter.get_total_flops()
     if args.encoder == "cnn":  # a training step is three forward passes
-        info["flops"] += 3 * BATCH * args.steps * counter.get_total_flops()
+        info["flops_training"] = 3 * BATCH * args.steps * counter.get_total_flops()
     out, progress = folder.path / f"{args.encoder}.npy", models.Progress("features", N)
     part, shape = out.with_suffix(".part"), (N, grid * grid, D)
     features = np.lib.format.open_memmap(part, "w+", np.float16, shape)

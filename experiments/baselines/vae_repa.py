@@ -23,7 +23,7 @@ from train_stage1 import Auxiliary, TrainSettings, train
 
 @dataclass
 class Settings(TrainSettings):
-    out: str = setting("out/vae_repa", "folder of the run: checkpoints, log.jsonl, grids")
+    out: str = setting("out/vae_repa", "folder of the run: checkpoints and log.jsonl")
     t_min: float = setting(0.0, "L_vae counts from this t on", at_least=0, at_most=1)
     t_max: float = setting(1.0, "and up to this one", at_least=0, at_most=1)
     vae_weight: float = setting(1.0, "weight of L_vae", above=0)
