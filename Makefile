@@ -22,7 +22,9 @@ lint: .venv .venv/dev
 	.venv/bin/ruff check .
 
 test: .venv .venv/dev
-	$(PY) -m pytest -q tests
+	@$(PY) -m pytest -q tests/test_faults.py >.faults.log 2>&1 & faults=$$!; \
+	$(PY) -m pytest -q tests --ignore=tests/test_faults.py; others=$$?; \
+	wait $$faults; status=$$?; cat .faults.log; exit $$((status + others))
 
 experiment: .venv .venv/dev
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash experiments/cifar10.sh

@@ -538,7 +538,8 @@ def bench_sampling(device, repeats):
                 model(noise.repeat(k, 1, 1, 1), at, y.repeat(k))
 
     def sampler():
-        return sample(model, noise, y, 1000, steps, "euler", 1.9, 0.0, 0.65)
+        how = {"steps": steps, "mode": "euler", "cfg": 1.9, "interval": (0.0, 0.65)}
+        return sample(model, noise, y, 1000, **how)
 
     found = in_turns(device, repeats, sampler=sampler, alone=evaluations)
     say(f"\nsampling, {name}, {n} images, {steps} Euler steps, cfg 1.9 for t <= 0.65: "

@@ -148,9 +148,11 @@ def baseline_cost(model, args):
     if args.stage not in BASELINES:
         raise UserError(f"{args.out}: its auxiliary loss, {args.stage}, is not known here")
     script = importlib.import_module(f"experiments.baselines.{BASELINES[args.stage]}")
-    about, before = Path(getattr(args, "features", "")).with_suffix(".json"), 0.0
-    if hasattr(args, "features") and about.is_file():
-        flops = json.loads(about.read_text())
+    before = 0.0
+    if args.stage == "repa":
+        about = Path(args.features).with_suffix(".json")
+        with models.reading(about):
+            flops = json.loads(about.read_text())
         flops = flops["flops_encoding"] + flops.get("flops_training", 0)
         before = vanilla_steps(flops, model, args)
     return script.extra_cost(model, args), before
@@ -252,7 +254,7 @@ def draw_row(axis, steps: dict, metric: str, scale: float, label: str, colour: s
 
 def draw(found: dict, real):
     """FD-CNN and agreement against total compute."""
-    figure = new_figure(9, 3.8)
+    figure = new_figure(9, 4.2)
     axes = figure.subplots(1, 2)
     panels = {"FD-CNN": ("FD-CNN, lower is better", 1), "agreement": ("class asked for, %", 100)}
     for number, (metric, (title, scale)) in enumerate(panels.items()):
@@ -265,7 +267,8 @@ def draw(found: dict, real):
         axis.set(ylabel=title, xlabel="total compute, thousands of vanilla steps")
         axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
