@@ -80,9 +80,9 @@ def main():
     shape = (model.input_size, model.in_channels, model.num_classes)
     student = models.build(args.student or model.name, *shape).forward_flops()
     trained = model.forward_flops() / student * (step or 0)
-    guided = 2 / 3 * model.forward_flops() * depth / model.depth / student  # f_c and f_u
-    guiding = f"a guided step {0.3 * guided:.3f} where 0.4 <= t <= 0.7, {guided:.3f} at all t"
-    say(f"cost in steps of {args.student or model.name}: training {trained:.0f}; {guiding}")
+    share = 2 / 3 * model.forward_flops() * depth / model.depth / student  # two forward passes
+    per_step = f"a guided step {0.3 * share:.3f} where 0.4 <= t <= 0.7, {share:.3f} at all t"
+    say(f"cost in steps of {args.student or model.name}: training {trained:.0f}; {per_step}")
     source = {"ckpt": str(args.ckpt), "weights": args.weights, "step": step}
     source.update(model=model.name, depth=model.depth)
     names = "width heads patch input_size in_channels num_classes qk_norm"

@@ -45,16 +45,18 @@ class TrainSettings:
     model: str = setting("SiT-XL/2", "size and patch, as in models.SIZES")
     steps: int = setting(400_000, "steps in all, continued or not", at_least=1)
     batch_size: int = setting(256, "images in a step, all processes together", at_least=1)
-    accum: int = setting(1, "parts in which a process works through its share", at_least=1)
+    accum: int = setting(1, "shares of the batch that each process does in turn", at_least=1)
     lr: float = setting(1e-4, "AdamW's rate, constant after the warm-up", above=0)
     warmup: int = setting(0, "steps of linear warm-up", at_least=0)
     clip: float = setting(1.0, "largest gradient norm", above=0)
     ema: float = setting(0.9999, "decay of the averaged weights", at_least=0, below=1)
     ema_ramp: bool = setting(False, "decay at most (1 + step) / (10 + step), for short runs")
-    label_drop: float = setting(0.1, "share of null labels", at_least=0, below=1)
+    label_drop: float = setting(0.1, "fraction of null labels", at_least=0, below=1)
     seed: int = setting(0, "seed of everything random", at_least=0, at_most=2**63 - 1)
-    t_min: float = setting(0.4, "the auxiliary loss counts from this t on", at_least=0, at_most=1)
-    t_max: float = setting(0.7, "and up to this one", at_least=0, at_most=1)
+    t_min: float = setting(
+        0.4, "L_aux counts from this t (as released: from 0)", at_least=0, at_most=1
+    )
+    t_max: float = setting(0.7, "and up to this one (as released: to 1)", at_least=0, at_most=1)
     projector_dim: int = setting(2048, "hidden width of the projector", at_least=1)
     qk_norm: bool = setting(True, "LayerNorm on each head's queries and keys")
     compile: bool | None = setting(None, "torch.compile (default: on CUDA only)")
@@ -97,13 +99,13 @@ def draw(step, batch, shape, seed, device, label_drop=0.1):
     return t, drop < label_drop, posterior, noise, u
 
 
-def guided_rows(batch, ways, t_min, t_max):
-    """The slice of a share that can hold t_min <= t <= t_max. Share w has strata w, w + ways, ...
-    One slice for all shares, so shapes are static; strata at its ends are masked exactly. 1e-3 of
-    a stratum covers the rounding of t to float32."""
+def rows_in_range(batch, shares, t_min, t_max):
+    """The rows of a share that can have t_min <= t <= t_max; share w has strata w, w + shares, ...
+    The same for all shares, so shapes are static (256 images in 4 shares, 0.4 to 0.7: strata 102 to
+    179, rows 25 to 44); strata at the ends are masked exactly. 1e-3: the rounding of t."""
     first = max(0, math.floor(t_min * batch - 1e-3))
     last = min(batch, math.ceil(t_max * batch + 1e-3))
-    return slice(first // ways, math.ceil(last / ways))
+    return slice(first // shares, math.ceil(last / shares))
 
 
 # ---- One step: the batch, the auxiliary loss, both losses
@@ -187,7 +189,7 @@ class Losses(nn.Module):
         answer = self.projector(tokens[aux.depth][rows]).float()
         mask = ((t[rows] >= aux.t_min) & (t[rows] <= aux.t_max)).float()
         distance = aux.distance(answer, target) * mask
-        return loss_diff, distance.sum() / len(x_t)  # the mean over the WHOLE batch
+        return loss_diff, distance.sum() / len(x_t)  # over all n images: zero outside `rows`
 
 
 class Alignment(Auxiliary):
@@ -213,54 +215,54 @@ def train(args: TrainSettings, auxiliary: Auxiliary):
     held = models.lock(args.out) if rank == 0 else None  # noqa: F841 (until this function returns)
     folder, B = LatentFolder(args.data), args.batch_size
     meta, null_label = folder.meta, len(folder.meta["classes"])
-    ways = world * args.accum  # shares of the global batch; share w has images w, w + ways, ...
-    mine = range(rank, ways, world)  # this process's shares
-    if B % ways:
-        raise UserError(f"--batch-size {B}: not divisible by {ways} (processes x --accum)")
+    shares = world * args.accum  # share w of the global batch has its images w, w + shares, ...
+    my_shares = range(rank, shares, world)  # those that this process works through
+    if B % shares:
+        raise UserError(f"--batch-size {B}: not divisible by {shares} (processes x --accum)")
     saved = continued(args, meta, auxiliary)
     start = saved["step"] if saved else 0
     models.agree(settings=vars(args), latents=meta, checkpoint=start)
     if start == args.steps:
         return say(f"{args.out}: is at step {start}, nothing to do (--steps is the total)")
-    guided = auxiliary.weight > 0 and start < auxiliary.until
-    if guided:
+    has_aux = auxiliary.weight > 0 and start < auxiliary.until
+    if has_aux:
         auxiliary.prepare(folder, device)
-    state = State(args, meta, device, auxiliary if guided else None)
+    state = State(args, meta, device, auxiliary if has_aux else None)
     auxiliary.ema = state.ema
     if saved:
         state.load(saved, auxiliary)
-    rows = guided_rows(B, ways, auxiliary.t_min, auxiliary.t_max)
+    rows = rows_in_range(B, shares, auxiliary.t_min, auxiliary.t_max)
     network = parallel(Losses(state.model, state.projector, auxiliary, rows), args, device)
-    stream = latent_stream(folder, args, start, mine, ways, device)
+    stream = latent_stream(folder, args, start, my_shares, shares, device)
     log = Log(args, auxiliary.name, state, saved, world) if rank == 0 else None
     signals.saved = start
 
     for step in range(start, args.steps):  # the number of steps done so far
-        if guided and step == auxiliary.until:  # neither teacher nor projector is needed any more
-            guided = network = auxiliary.teacher = None  # nor held while the next is made
+        if has_aux and step == auxiliary.until:  # neither teacher nor projector is needed any more
+            has_aux, network, auxiliary.teacher = False, None, None  # freed before the next is made
             state.drop_projector()
             network = parallel(Losses(state.model, None, auxiliary, rows), args, device)
 
         # ---- the batch: drawn whole on every process alike, then this process's shares of it
         draws = draw(step, B, folder.shape, args.seed, device, args.label_drop)
         losses = torch.zeros(2, device=device)
-        for way in mine:
+        for w in my_shares:
             latents = [x.to(device, non_blocking=True) for x in next(stream)]
-            share = [whole[way::ways] for whole in draws]
-            batch = make_batch(*latents, share, meta["scale"], null_label)
+            cut = [whole[w::shares] for whole in draws]
+            batch = make_batch(*latents, cut, meta["scale"], null_label)
 
-            # ---- both losses, and their gradient, averaged over processes with the last share
-            last = world == 1 or way == mine[-1]
+            # ---- both losses, and their gradient
+            last = world == 1 or w == my_shares[-1]
             with contextlib.nullcontext() if last else network.no_sync():
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    target = auxiliary.target(batch[rows]) if guided else None
+                    target = auxiliary.target(batch[rows]) if has_aux else None  # stage 2: f_g
                     inputs = batch.x_t, batch.t, batch.told, batch.velocity, target
                     loss_diff, loss_aux = network(*inputs)
                 loss = loss_diff + auxiliary.weight * loss_aux
-                (loss / args.accum).backward()
+                (loss / args.accum).backward()  # with the last share DDP averages over processes
             losses += torch.stack([loss_diff, loss_aux]).detach() / args.accum
         if world > 1:
-            dist.all_reduce(losses)
+            dist.all_reduce(losses)  # for the log
             losses /= world
 
         # ---- clip, AdamW, EMA
@@ -340,7 +342,7 @@ class State:
         self.step += 1
 
     def stop_unless_finite(self, args, rank):
-        """End the run, status 3 on every process; nothing was saved after the last good step."""
+        """End the run, status 3 on every process: `sums` keeps a NaN until here, unsaved."""
         tensors = [*self.model.parameters(), *self.ema.parameters(), self.sums]
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
             newest = next(iter(models.checkpoints(args.out)), "none")
@@ -484,8 +486,8 @@ class Signals:
         return bool(asked)
 
 
-def latent_stream(folder, args, start, mine, ways, device):
-    """Iterate over (indices, moments, labels) of each step's shares in `mine`, read ahead.
+def latent_stream(folder, args, start, my_shares, shares, device):
+    """Iterate over (indices, moments, labels) of `my_shares` of each step, cut as train cuts draws.
     On a GPU whose memory holds the latents three times over, they stay there."""
     cuda = device.type == "cuda"
     memory = torch.cuda.get_device_properties(device).total_memory if cuda else 0
@@ -493,15 +495,15 @@ def latent_stream(folder, args, start, mine, ways, device):
     where = device if resident else "cpu"
     say(f"{len(folder)} latents, {'on the GPU' if resident else 'read from disk'}")
 
-    def rows():
+    def indices():
         for step in range(start, args.steps):
-            order = batch_indices(step, args.batch_size, len(folder), args.seed)
-            yield from (torch.from_numpy(order[way::ways].copy()).to(where) for way in mine)
+            order = torch.from_numpy(batch_indices(step, args.batch_size, len(folder), args.seed))
+            yield from (order[w::shares].to(where) for w in my_shares)
 
     tensors = torch.arange(len(folder)), torch.from_numpy(folder.moments), folder.labels
     data = torch.utils.data.TensorDataset(*(x.to(where) for x in tensors))
     ahead = {"num_workers": 1, "pin_memory": True} if cuda and not resident else {}
-    return iter(torch.utils.data.DataLoader(data, sampler=rows(), batch_size=None, **ahead))
+    return iter(torch.utils.data.DataLoader(data, sampler=indices(), batch_size=None, **ahead))
 
 
 @dataclass

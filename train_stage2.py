@@ -21,7 +21,7 @@ class Settings(TrainSettings):
     out: str = setting("out/stage2", "folder of the run: checkpoints and log.jsonl")
     seed: int = setting(1, "not stage 1's: a new initialisation", at_least=0, at_most=2**63 - 1)
     teacher: str = setting("out/teacher/teacher.pt", "from build_teacher.py")
-    guide_weight: float = setting(0.5, "weight of L_guide", above=0)
+    guide_weight: float = setting(0.5, "weight of L_guide (as released: 0.15)", above=0)
     guide_depth: int | None = setting(None, "the student's block ds (default: by size)", at_least=1)
     guide_scale: float | None = setting(None, "s in f_g (default: the teacher file's)", at_least=1)
     guide_steps: int = setting(100_000, "guidance ends after this step", at_least=0)
@@ -48,10 +48,10 @@ class Guidance(Auxiliary):
                 raise UserError(f"--teacher {args.teacher}: {problem}")
         if data.get("classes", meta["classes"]) != meta["classes"] and not args.other_names:
             raise UserError(f"--teacher {args.teacher}: its classes are others; see --other-names")
-        blocks = file["source"].get("depth", teacher.depth)
-        if self.depth / size.depth >= teacher.depth / blocks:
-            less = f"{self.depth} of {size.depth} is no shallower than {teacher.depth} of {blocks}"
-            say(f"warning: --guide-depth: {less}, the teacher's")
+        source_depth = file["source"].get("depth", teacher.depth)  # before it was cut
+        if self.depth / size.depth >= teacher.depth / source_depth:
+            ours, theirs = f"{self.depth} of {size.depth}", f"{teacher.depth} of {source_depth}"
+            say(f"warning: --guide-depth: {ours} is no shallower than the teacher's {theirs}")
         self.identity = models.fingerprint(self.s, *teacher.state_dict().values())
         self.teacher = teacher.to(device)
         if args.compile or (args.compile is None and device.type == "cuda"):

@@ -280,7 +280,8 @@ def shared_array(path, shape, dtype, rank) -> np.ndarray:
             os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
         os.replace(temporary, path)
     models.gather(None)  # the others wait
-    return np.load(path, mmap_mode="r+")
+    with models.reading(f"{path}: remove it and run the same again; it"):
+        return np.load(path, mmap_mode="r+")
 
 
 def chunks_to_do(done, size, rank, world) -> list[np.ndarray]:

@@ -38,7 +38,7 @@ import train_stage2
 from build_teacher import extrapolate
 from experiments.baselines.cost import projector_cost, share
 from sample import sample
-from train_stage1 import Losses, State, draw, guided_rows, latent_stream, make_batch
+from train_stage1 import Losses, State, draw, latent_stream, make_batch, rows_in_range
 from vae_latents import AutoencoderKL, LatentFolder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,7 +118,7 @@ class Step:
         if kind == "vanilla":
             self.state.projector = None
         self.weight = 0.0 if kind == "naive after" else 0.5
-        self.rows = guided_rows(batch, 1, self.args.t_min, self.args.t_max)
+        self.rows = rows_in_range(batch, 1, self.args.t_min, self.args.t_max)
         networks = [self.state.model, self.state.projector]
         if kind == "naive after":
             networks.pop()

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.baselines import cost, dispersive, repa, repa_features, sra, vae_repa
-from train_stage1 import Losses, batch_indices, draw, guided_rows, make_batch
+from train_stage1 import Losses, batch_indices, draw, make_batch, rows_in_range
 from vae_latents import LatentFolder
 
 METHODS = {"repa": repa, "sra": sra, "vae": vae_repa, "disp": dispersive}
@@ -79,7 +79,7 @@ def computed(loss, folder, ema=None):
     batch.velocity = batch.eps - batch.x0
     t = batch.t.view(-1, 1, 1, 1)
     batch.x_t = (1 - t) * batch.x0 + t * batch.eps
-    rows = guided_rows(B, 1, loss.t_min, loss.t_max)
+    rows = rows_in_range(B, 1, loss.t_min, loss.t_max)
     assert rows == slice(0, B)  # at all t
     losses = Losses(model, projector, loss, rows)
     _, aux = losses(batch.x_t, batch.t, batch.told, batch.velocity, loss.target(batch[rows]))

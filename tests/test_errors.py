@@ -378,7 +378,7 @@ def test_a_students_block_that_is_not_shallower_is_said(runs, latents, tmp_path,
     flags = [*TRAIN, "--data", latents, "--out", tmp_path / "o", "--steps", 1]
     teacher = ["--teacher", runs / "teacher/teacher.pt", "--guide-depth", 5]
     call(train_stage2, *flags, *teacher)
-    assert "5 of 8 is no shallower than 5 of 8" in capsys.readouterr().out
+    assert "5 of 8 is no shallower than the teacher's 5 of 8" in capsys.readouterr().out
 
 
 def test_a_rebuilt_teacher_is_the_same_one_and_another_is_not(refused, runs, latents, tmp_path):

@@ -29,8 +29,8 @@ from train_stage1 import (
     Losses,
     batch_indices,
     draw,
-    guided_rows,
     make_batch,
+    rows_in_range,
     train,
 )
 from train_stage2 import Guidance
@@ -73,7 +73,7 @@ SHARES = [(1, 1), (7, 1), (10, 2), (16, 1), (16, 2), (16, 4), (24, 4), (256, 1),
 @pytest.mark.parametrize("batch,ways", SHARES)
 def test_slice_holds_every_masked_sample_and_is_tight(batch, ways):
     t_min, t_max = 0.4, 0.7
-    rows = guided_rows(batch, ways, t_min, t_max)
+    rows = rows_in_range(batch, ways, t_min, t_max)
     for step in range(50):
         t = draw(step, batch, (1, 1, 1), 3, "cpu")[0]
         stratum = (t * batch).floor()
@@ -93,9 +93,9 @@ def test_slice_holds_every_masked_sample_and_is_tight(batch, ways):
 
 def test_slice_on_exact_edges():
     """t-min and t-max on stratum borders: a sample exactly on either border is counted."""
-    rows = guided_rows(10, 1, 0.4, 0.7)
+    rows = rows_in_range(10, 1, 0.4, 0.7)
     assert rows.start <= 4 and rows.stop >= 8
-    assert guided_rows(256, 1, 0.0, 1.0) == slice(0, 256)
+    assert rows_in_range(256, 1, 0.0, 1.0) == slice(0, 256)
     model, projector = tiny(), Projector(128, hidden=32, to_latent=(8, 4))
     losses = Losses(model, projector, auxiliary_loss("latent"), slice(0, 1))
     x, y = torch.randn(1, 4, 16, 16), torch.tensor([1])
@@ -226,7 +226,7 @@ def test_what_the_loop_hands_to_an_auxiliary_loss(accum, tmp_path):
     where = {"data": str(data), "out": str(tmp_path / "o"), "model": "SiT-Ti/8", "device": "cpu"}
     args = train_stage1.Settings(**where, steps=2, batch_size=16, accum=accum)
     train(args, Own(args, depth=3))
-    folder, rows = train_stage1.LatentFolder(data), guided_rows(16, accum, 0.4, 0.7)
+    folder, rows = train_stage1.LatentFolder(data), rows_in_range(16, accum, 0.4, 0.7)
     assert len(handed) == 2 * accum
     for number, got in enumerate(handed):
         step, way = divmod(number, accum)
@@ -278,7 +278,7 @@ def test_losses_against_float64_loops(batch, ways, stage, tmp_path):
     torch.manual_seed(1)
     auxiliary = auxiliary_loss(stage, copy.deepcopy(teacher).cut(5), depth)
     projector = auxiliary.projector(model).double()
-    rows = guided_rows(batch, ways, 0.4, 0.7)
+    rows = rows_in_range(batch, ways, 0.4, 0.7)
     losses = Losses(model, projector, auxiliary, rows)
     draws = double(draw(3, batch, (4, 16, 16), 0, "cpu", label_drop=0.5))
     inside = (draws[0] >= 0.4) & (draws[0] <= 0.7)
@@ -461,7 +461,7 @@ def test_teacher_and_projector_rest_after_guide_steps(guide_steps, calls, tmp_pa
     monkeypatch.setattr(SiT, "forward", tapping)
     flags = ["--data", write_folder(tmp_path / "d"), "--out", tmp_path / "o", "--teacher", file]
     call(train_stage2, *TRAIN, *flags, "--steps", 5, "--guide-steps", guide_steps)
-    rows = guided_rows(8, 1, 0.4, 0.7)
+    rows = rows_in_range(8, 1, 0.4, 0.7)
     assert rows.stop - rows.start < 8
     assert images == answers == [rows.stop - rows.start] * calls  # the slice alone
     assert tapped == [[4]] * calls + [[]] * (5 - calls)  # nor are the student's tokens kept

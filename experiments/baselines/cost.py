@@ -10,12 +10,12 @@ from pathlib import Path
 import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from train_stage1 import guided_rows
+from train_stage1 import rows_in_range
 
 
 def share(args) -> float:
     """The share of a batch that the auxiliary loss works on, on one process."""
-    rows = guided_rows(args.batch_size, args.accum, args.t_min, args.t_max)
+    rows = rows_in_range(args.batch_size, args.accum, args.t_min, args.t_max)
     return (rows.stop - rows.start) * args.accum / args.batch_size
 
 
