@@ -3,9 +3,8 @@
     python fid.py SAMPLES REFERENCE
 
 Each side: a folder of images, an .npz with arr_0 (N, S, S, 3) uint8, an .npz of statistics (mu,
-sigma, mu_s, sigma_s, as ADM publishes them), or a latent folder (its source images). Sources:
-Heusel et al. 2017 (FID), Nash et al. 2021 (sFID), Salimans et al. 2016 (IS), Kynkaanniemi et al.
-2019 (precision, recall); the conventions are ADM's (Dhariwal & Nichol 2021).
+sigma, mu_s, sigma_s, as ADM's), or a latent folder. Heusel et al. 2017 (FID), Nash et al. 2021
+(sFID), Salimans et al. 2016 (IS), Kynkaanniemi et al. 2019; Dhariwal & Nichol 2021 (ADM).
 """
 
 import functools

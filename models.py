@@ -242,6 +242,10 @@ def build(name, input_size=32, in_channels=4, num_classes=1000, qk_norm=True) ->
 
 def checkpoints(folder) -> list[Path]:
     """The run's own ckpt-<step>.pt, newest first; files of any other name are the user's."""
+    old = Path(folder) / "ckpt.pt"
+    if old.is_file():  # where version 1 kept the newest state
+        new = old.with_name(f"ckpt-{load_file(old)['step']:07d}.pt")
+        raise UserError(f"{old}: is of an older version; to go on with it: mv {old} {new}")
     files = [f for f in Path(folder).glob("ckpt-*.pt") if re.fullmatch(r"ckpt-\d{7,}\.pt", f.name)]
     return sorted(files, key=lambda file: int(file.stem[5:]), reverse=True)
 
@@ -421,7 +425,7 @@ def lock(folder):
     Path(folder).mkdir(parents=True, exist_ok=True)
     file = open(Path(folder) / ".lock", "w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UserError(f"{folder}: another run is at work there; choose another --out") from error
     return file

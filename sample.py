@@ -163,15 +163,15 @@ def main():
         progress(made)
     models.gather(None)  # rank 0 waits for the others
     if rank == 0:
-        columns = len(labels) if 4 <= len(labels) <= 40 else 10
+        columns = len(labels) if len(labels) <= 40 else 10
         with models.atomic_write(out / "grid.png") as f:
             grid(images[: 10 * columns], min(columns, args.num)).save(f, format="PNG")
         with models.atomic_write(samples) as f:  # streamed from the disk
             np.savez(f, arr_0=images, labels=y.numpy(), tag=np.array(tag))
         for part in parts:
             part.unlink()
-        say(f"{samples}: {args.num} images of {side} px; look at {out}/grid.png, whose columns are")
-        say(", ".join(names[label] for label in labels[:columns]))
+        shown = ", ".join(names[label] for label in labels) if columns == len(labels) else "mixed"
+        say(f"{samples}: {args.num} images of {side} px; look at {out}/grid.png, columns: {shown}")
 
 
 if __name__ == "__main__":

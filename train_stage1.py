@@ -5,10 +5,9 @@
 
 L = L_diff + 0.5 L_align (Self-Transcendence, arXiv 2601.07773). The same command again continues.
 
-Training is a function of the step: the order of the images comes from (seed, epoch), all that is
-random in step k from (seed, k), drawn for the global batch and cut by process. So a killed run
-continues, on a CPU bit for bit (at one number of threads), and any number of processes walks the
-same trajectory, up to the order of its sums.
+Training is a function of the step: the order of images comes from (seed, epoch), all that is random
+in step k from (seed, k), drawn for the global batch and cut by process. So a killed run continues,
+on a CPU bit for bit, and any number of processes walks the same trajectory up to its sums' order.
 """
 
 import contextlib
@@ -69,7 +68,7 @@ class TrainSettings:
 
 # What may differ when a run is continued; a change of the second line's is printed and logged
 FREE = "data out steps accum compile grad_checkpoint device log_every save_every keep teacher"
-FREE_BUT_SAID = "lr clip weight align_weight guide_weight"
+FREE_BUT_SAID = ("lr", "clip", "weight")  # and every ..._weight
 
 # ---- Everything random, as a function of (seed, step)
 
@@ -221,12 +220,13 @@ def train(args: TrainSettings, auxiliary: Auxiliary):
         raise UserError(f"--batch-size {B}: not divisible by {shares} (processes x --accum)")
     saved = continued(args, meta, auxiliary)
     start = saved["step"] if saved else 0
-    models.agree(settings=vars(args), latents=meta, checkpoint=start)
-    if start == args.steps:
-        return say(f"{args.out}: is at step {start}, nothing to do (--steps is the total)")
-    has_aux = auxiliary.weight > 0 and start < auxiliary.until
+    has_aux = auxiliary.weight > 0 and start < min(auxiliary.until, args.steps)
     if has_aux:
         auxiliary.prepare(folder, device)
+    same = {"settings": vars(args), "latents": meta, "checkpoint": start}
+    models.agree(**same, teacher=auxiliary.identity)
+    if start == args.steps:
+        return say(f"{args.out}: is at step {start}, nothing to do (--steps is the total)")
     state = State(args, meta, device, auxiliary if has_aux else None)
     auxiliary.ema = state.ema
     if saved:
@@ -235,6 +235,7 @@ def train(args: TrainSettings, auxiliary: Auxiliary):
     network = parallel(Losses(state.model, state.projector, auxiliary, rows), args, device)
     stream = latent_stream(folder, args, start, my_shares, shares, device)
     log = Log(args, auxiliary.name, state, saved, world) if rank == 0 else None
+    saved = None  # the mapped file could not be freed when it is deleted
     signals.saved = start
 
     for step in range(start, args.steps):  # the number of steps done so far
@@ -365,7 +366,7 @@ class State:
                 with models.atomic_write(Path(args.out) / f"ckpt-{self.step:07d}.pt") as file:
                     torch.save(content, file)
                 for old in models.checkpoints(args.out)[args.keep :]:
-                    old.unlink()
+                    old.unlink(missing_ok=True)
         except (UserError, OSError) as error:
             failure = f"stopped after step {self.step}: {error}; make room and run the same again"
         if failure := models.gather(failure)[0]:
@@ -384,16 +385,14 @@ class State:
             moments = {i: moments[i] for i in params if i in moments}
             groups = [{**saved["opt"]["param_groups"][0], "params": list(params)}]
             self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            if any(state["exp_avg"].shape != p.shape for p, state in self.optimizer.state.items()):
+                raise ValueError("its optimizer's moments are not of this network")
             self.step = saved["step"]
             self.sums.copy_(torch.tensor(saved["sums"]))
 
 
 def continued(args, meta, auxiliary) -> dict | None:
     """The newest checkpoint in --out, or None; UserError if it was trained with other settings."""
-    old = Path(args.out) / "ckpt.pt"
-    if old.is_file():  # where version 1 kept the newest state
-        new = old.with_name(f"ckpt-{models.load_file(old)['step']:07d}.pt")
-        raise UserError(f"{old}: is of an older version; to continue: mv {old} {new}")
     path = next(iter(models.checkpoints(args.out)), None)
     if path is None:
         return None
@@ -405,7 +404,7 @@ def continued(args, meta, auxiliary) -> dict | None:
     now = {**vars(args), "stage": auxiliary.name}
     changed = [k for k in now if k in before and k not in FREE.split() and before[k] != now[k]]
     lines = {k: f"--{k.replace('_', '-')} {before[k]} -> {now[k]}" for k in changed}
-    wrong = [lines[k] for k in changed if k not in FREE_BUT_SAID.split()]
+    wrong = [lines[k] for k in changed if not k.endswith(FREE_BUT_SAID)]
     wrong += ["--data (other latents)"] if latents != meta else []
     if wrong:
         same = "give the same to continue it, or choose another --out"
@@ -428,7 +427,8 @@ class Log:
         with models.atomic_write(self.path) as file:  # what came after the checkpoint comes again
             for line in lines:
                 with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut by a kill
-                    if json.loads(line)["step"] <= state.step:
+                    record = json.loads(line)  # a change that was never saved did not happen
+                    if record["step"] < state.step + ("changed" not in record):
                         file.write(f"{line}\n".encode())
         say(f"{args.model}, steps {state.step} to {args.steps}")
         if saved and saved["changed"]:
@@ -498,12 +498,12 @@ def latent_stream(folder, args, start, my_shares, shares, device):
     def indices():
         for step in range(start, args.steps):
             order = torch.from_numpy(batch_indices(step, args.batch_size, len(folder), args.seed))
-            yield from (order[w::shares].to(where) for w in my_shares)
+            yield from (order[w::shares].to(where, non_blocking=True) for w in my_shares)
 
     tensors = torch.arange(len(folder)), torch.from_numpy(folder.moments), folder.labels
     data = torch.utils.data.TensorDataset(*(x.to(where) for x in tensors))
-    ahead = {"num_workers": 1, "pin_memory": True} if cuda and not resident else {}
-    return iter(torch.utils.data.DataLoader(data, sampler=indices(), batch_size=None, **ahead))
+    pinned = {"pin_memory": cuda and not resident}  # no workers: they would die of a signal first
+    return iter(torch.utils.data.DataLoader(data, sampler=indices(), batch_size=None, **pinned))
 
 
 @dataclass

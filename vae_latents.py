@@ -3,9 +3,8 @@
     python vae_latents.py --images DIR --vae sd-vae-ft-ema.bin --out data/imagenet256
 
 DIR/<class>/**/*.jpg. The processes of one machine (torchrun) share the work; the same command again
-continues. experiments/small_vae.py trains a VAE for small images. The folder: moments.npy
-(N, 2C, H, W) float16, the posterior's mean, then its std; labels.npy (N,) int64; files.json, the
-images' paths; meta.json.
+continues. (Small images: experiments/small_vae.py.) The folder: moments.npy (N, 2C, H, W) float16,
+the posterior's mean, then its std; labels.npy (N,) int64; files.json, the images; meta.json.
 """
 
 import functools
@@ -242,12 +241,13 @@ class LatentFolder:
             if list(path.glob("*.part.npy")):
                 raise UserError(f"{path}: its encoding was cut off; run vae_latents.py again")
             raise UserError(f"{path}: no latents there; make them with vae_latents.py --out {path}")
-        with models.reading(f"{path}: damaged; remove it and encode it again. It"):
+        with models.reading(f"{path}, as a latent folder (if it is damaged, encode it again),"):
             self.meta = meta = json.loads((path / "meta.json").read_text())
             if meta["format"] != FORMAT:
                 raise UserError(f"{path}: format {meta['format']}, not {FORMAT}; encode it again")
             self.labels = torch.from_numpy(np.load(path / "labels.npy"))
-            self.moments = np.load(path / "moments.npy", mmap_mode="c")
+            file = path / "moments.npy"  # "r" makes torch warn, "c" counts against the memory
+            self.moments = np.load(file, mmap_mode="r+" if os.access(file, os.W_OK) else "r")
             N, classes = meta["num_images"], len(meta["classes"])
             self.shape = meta["channels"], meta["height"], meta["width"]  # of one latent
             found, wanted = self.moments.shape, (N, 2 * self.shape[0], *self.shape[1:])

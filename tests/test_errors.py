@@ -91,9 +91,9 @@ def damage(folder, what):
 DAMAGES = {
     "half-encoded": "cut off",
     "version": "format 99",
-    "truncated": "damaged",
+    "truncated": "as a latent folder",
     "no moments": "moments.npy",
-    "not json": "damaged",
+    "not json": "as a latent folder",
     "short labels": "45 labels",
     "foreign labels": "labels from 1 to 10",
     "other shape": "moments.npy",
@@ -311,6 +311,9 @@ def test_a_checkpoint_of_version_1_says_how_to_continue(refused, run_copy, tmp_p
     (tmp_path / "stage1/ckpt-0000008.pt").rename(old)
     flags = ["train_stage1.py", *run_copy, "--steps", 12]
     refused(*flags, says=[f"mv {old} {tmp_path}/stage1/ckpt-0000008.pt"])
+    folder = ["--ckpt", tmp_path / "stage1", "--out", tmp_path / "o"]
+    for name in ("sample.py", "build_teacher.py"):  # nor do they take an older milestone
+        refused(name, *folder, says=["ckpt.pt", "older version"])
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys):

@@ -469,3 +469,23 @@ def test_images_of_latents_that_are_not_finite_are_not_written(runs, tmp_path, m
     with pytest.raises(UserError, match="not finite"):
         call(sample, *given)
     assert not (tmp_path / "a/samples.npz").exists()
+
+
+def test_a_change_that_was_never_saved_leaves_the_log(data, tmp_path):
+    """Continued with another rate, killed before the next save, continued with the old one."""
+    finish(1, data, tmp_path / "whole", steps=8)
+    finish(1, data, tmp_path / "b", steps=4)
+    record = '{"step": 4, "changed": ["--lr 0.001 -> 0.5"]}'
+    with open(tmp_path / "b/log.jsonl", "a") as file:
+        file.write(record + "\n[1]\nnot json\n" + '{"step": 6, "loss_diff": 1}')
+    finish(1, data, tmp_path / "b", steps=8)
+    assert_same_run(tmp_path / "whole", tmp_path / "b")
+
+
+def test_moments_of_another_network_are_refused(data, tmp_path):
+    finish(1, data, tmp_path / "a", steps=4)
+    saved = state(tmp_path / "a")
+    saved["opt"]["state"][0]["exp_avg"] = torch.zeros(3)
+    torch.save(saved, newest(tmp_path / "a"))
+    with pytest.raises(UserError, match="moments are not of this network"):
+        finish(1, data, tmp_path / "a", steps=8)

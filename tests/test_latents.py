@@ -278,5 +278,5 @@ def test_the_verdict_on_a_damaged_folder_is_one(pictures, encoded, tmp_path):
     data = (encoded / "moments.npy").read_bytes()
     (tmp_path / "a/moments.npy").write_bytes(data[: len(data) // 2])
     for attempt in (LatentFolder, lambda out: call(vae_latents, *flags(pictures, out))):
-        with pytest.raises(UserError, match="damaged; remove it and encode it again"):
+        with pytest.raises(UserError, match="if it is damaged, encode it again"):
             attempt(tmp_path / "a")
