@@ -61,8 +61,21 @@ def command(stage, *args, processes=1, **kwargs):
     return [sys.executable, *script, *flags(stage, *args, **kwargs)]
 
 
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running():
+    yield
+    for process in STARTED:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    STARTED.clear()
+
+
 def start(*args, **kwargs):
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command(*args, **kwargs),
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -71,6 +84,8 @@ def start(*args, **kwargs):
         stderr=subprocess.PIPE,
         text=True,
     )
+    STARTED.append(process)
+    return process
 
 
 def wait_for(stream, word):
