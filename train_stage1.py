@@ -223,8 +223,7 @@ def train(args: TrainSettings, auxiliary: Auxiliary):
     has_aux = auxiliary.weight > 0 and start < min(auxiliary.until, args.steps)
     if has_aux:
         auxiliary.prepare(folder, device)
-    same = {"settings": vars(args), "latents": meta, "checkpoint": start}
-    models.agree(**same, teacher=auxiliary.identity)
+    models.agree(settings=vars(args), latents=meta, checkpoint=start, teacher=auxiliary.identity)
     if start == args.steps:
         return say(f"{args.out}: is at step {start}, nothing to do (--steps is the total)")
     state = State(args, meta, device, auxiliary if has_aux else None)
@@ -487,11 +486,10 @@ class Signals:
 
 
 def latent_stream(folder, args, start, my_shares, shares, device):
-    """Iterate over (indices, moments, labels) of `my_shares` of each step, cut as train cuts draws.
-    On a GPU whose memory holds the latents three times over, they stay there."""
+    """(indices, moments, labels) of `my_shares` of each step, cut as train cuts its draws."""
     cuda = device.type == "cuda"
     memory = torch.cuda.get_device_properties(device).total_memory if cuda else 0
-    resident = folder.moments.nbytes < 0.3 * memory
+    resident = folder.moments.nbytes < 0.3 * memory  # then they stay on the GPU
     where = device if resident else "cpu"
     say(f"{len(folder)} latents, {'on the GPU' if resident else 'read from disk'}")
 

@@ -246,8 +246,10 @@ class LatentFolder:
             if meta["format"] != FORMAT:
                 raise UserError(f"{path}: format {meta['format']}, not {FORMAT}; encode it again")
             self.labels = torch.from_numpy(np.load(path / "labels.npy"))
-            file = path / "moments.npy"  # "r" makes torch warn, "c" counts against the memory
-            self.moments = np.load(file, mmap_mode="r+" if os.access(file, os.W_OK) else "r")
+            file = path / "moments.npy"
+            self.moments = np.load(file, mmap_mode="r")  # "r+" would fill up a file that was cut
+            if os.access(file, os.W_OK):  # else torch warns; "c" would count against the memory
+                self.moments = np.load(file, mmap_mode="r+")
             N, classes = meta["num_images"], len(meta["classes"])
             self.shape = meta["channels"], meta["height"], meta["width"]  # of one latent
             found, wanted = self.moments.shape, (N, 2 * self.shape[0], *self.shape[1:])
