@@ -22,7 +22,7 @@ lint: .venv .venv/dev
 	.venv/bin/ruff check .
 
 test: .venv .venv/dev
-	@# side by side; the tests that send Ctrl-C in front, for a shell makes jobs behind deaf to it
+	@# side by side: a process trains on one core
 	@$(PY) -m pytest -q tests --ignore=tests/test_faults.py >.others.log 2>&1 & others=$$!; \
 	$(PY) -m pytest -q tests/test_faults.py; status=$$?; \
 	wait $$others || status=1; cat .others.log; exit $$status

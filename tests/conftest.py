@@ -17,6 +17,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
+# A suite started with nohup, or behind a shell's &, would hand ignored signals on to its processes
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
+
 TRAIN = "--model SiT-Ti/8 --batch-size 8 --lr 1e-3 --projector-dim 32 --log-every 2 --save-every 4"
 TRAIN = f"{TRAIN} --device cpu".split()
 
