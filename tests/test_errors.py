@@ -171,9 +171,9 @@ BAD_FLAGS = {
     "--model SiT-H/2": "SiT-XL/2",
     "--model banana": "banana",
     "--lr -1": "--lr -1.0",
-    "--lr nan": "--lr nan",
+    "--lr nan": "--lr nan: must be a finite number",
     "--lr inf": "--lr inf",
-    "--clip nan": "--clip nan",
+    "--clip nan": "--clip nan: must be a finite number",
     "--ema 1": "--ema 1.0",
     "--label-drop 1": "--label-drop",
     "--align-weight -1": "--align-weight",
@@ -405,7 +405,7 @@ def test_building_a_teacher(refused, runs, tmp_path, capsys):
     ckpt = ["build_teacher.py", "--ckpt", runs / "stage1", "--out", tmp_path / "o"]
     refused(*ckpt, "--teacher-depth", 9, says=["--teacher-depth 9", "blocks 1 to 8"])
     refused(*ckpt, "--guide-scale", 0.9, says=["--guide-scale 0.9"])
-    refused(*ckpt, "--guide-scale", "nan", says=["--guide-scale nan"])
+    refused(*ckpt, "--guide-scale", "inf", says=["--guide-scale inf"])
     none = ["--ckpt", tmp_path / "none.pt", "--out", tmp_path / "o"]
     refused("build_teacher.py", *none, says=["none.pt", "train_stage1.py"])
     vanilla = torch.load(runs / "stage1/ckpt-0000008.pt", weights_only=True)
@@ -432,7 +432,8 @@ def test_probe_of_few_images(runs, tmp_path, capsys):
 
 SAMPLING = {
     "--cfg 0.5": "--cfg 0.5",
-    "--cfg nan": "--cfg nan",
+    "--cfg nan": "--cfg nan: must be a finite number",
+    "--cfg inf": "--cfg inf: must be a finite number",
     "--num 0": "--num",
     "--steps 0": "--steps",
     "--classes 3,cat": "--classes 3,cat",
@@ -549,3 +550,15 @@ def test_fid_of_few_images_is_a_number_with_a_warning(tmp_path, weights, capsys)
 def test_repas_arguments_are_a_namespace(tmp_path):
     torch.save({"ema": {}, "args": argparse.Namespace(lr=1)}, tmp_path / "a.pt")
     assert models.load_file(tmp_path / "a.pt")["args"].lr == 1
+
+
+@pytest.mark.slow
+def test_a_distance_of_rounding_is_zero(tmp_path, weights, capsys, monkeypatch):
+    import fid
+
+    monkeypatch.setattr(fid, "frechet_distance", lambda *statistics: -1e-9)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", arr_0=pixels)
+    call(fid, tmp_path / "a.npz", tmp_path / "a.npz", *weights)
+    out = capsys.readouterr().out
+    assert json.loads(out.splitlines()[-1])["FID"] == 0 and "-0.0" not in out and "e-" not in out

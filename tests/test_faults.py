@@ -504,3 +504,63 @@ def test_moments_of_another_network_are_refused(data, tmp_path):
     torch.save(saved, newest(tmp_path / "a"))
     with pytest.raises(UserError, match="moments are not of this network"):
         finish(1, data, tmp_path / "a", steps=8)
+
+
+def test_a_process_that_fails_alone_waits_for_nobody(monkeypatch):
+    """It leaves at once, with its status, and does not tear the group down first."""
+
+    class Left(BaseException):
+        pass
+
+    statuses = []
+
+    def leave(status):
+        statuses.append(status)
+        raise Left
+
+    monkeypatch.setattr(models.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(models.dist, "destroy_process_group", lambda: pytest.fail("it waited"))
+    monkeypatch.setattr(models.os, "_exit", leave)
+    for error in (ValueError("boom"), UserError("a mistake"), KeyboardInterrupt()):
+
+        def main(error=error):
+            raise error
+
+        with pytest.raises(Left):
+            models.run(main)
+    assert statuses == [1, 2, 130]
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path):
+    for name in ("ckpt-9999999.pt", "ckpt-10000000.pt"):
+        (tmp_path / name).touch()
+    names = [file.name for file in models.checkpoints(tmp_path)]
+    assert names == ["ckpt-10000000.pt", "ckpt-9999999.pt"]
+
+
+def test_a_log_without_its_last_newline(data, tmp_path):
+    finish(1, data, tmp_path / "whole", steps=8)
+    finish(1, data, tmp_path / "b", steps=4)
+    log = tmp_path / "b/log.jsonl"
+    log.write_text(log.read_text().removesuffix("\n"))
+    finish(1, data, tmp_path / "b", steps=8)
+    assert_same_run(tmp_path / "whole", tmp_path / "b")
+
+
+def test_sampling_does_not_repeat_what_is_done(runs, tmp_path, monkeypatch):
+    import sample
+
+    real, calls = sample.sample, []
+
+    def counted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(sample, "sample", counted)
+    given = ["--ckpt", runs / "stage2", "--num", 12, *SAMPLE, "--batch-size", 4]
+    with pytest.raises(KeyboardInterrupt):
+        call(sample, *given, "--out", tmp_path / "a")
+    call(sample, *given, "--out", tmp_path / "a")
+    assert len(calls) == 4  # one, the one that was cut, and the two that were missing
