@@ -9,11 +9,12 @@
 # JOBS trainings run at a time, one core each; JOBS=1 OMP_NUM_THREADS=16, or a GPU, runs them one
 # after the other. STEPS (a multiple of 4) and SAMPLES make it shorter. All is in out/cifar10:
 # NAME-seedS holds a run, its samples and the judge's figures, NAME-seedS.log what it printed.
+# A killed run continues where it was cut: call the script again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} JOBS=${JOBS:-2} JUDGE=${JUDGE:-}
 export STEPS=${STEPS:-6000} SAMPLES=${SAMPLES:-5000} COMPILE=${COMPILE:+--compile}
-export E=out/cifar10 DATA=data/cifar10-latents
+export E=out/cifar10 DATA=data/cifar10-latents PYTHON="python experiments/sizes.py"
 quarter=$((STEPS / 4)) half=$((STEPS / 2)) double=$((STEPS * 2))
 mkdir -p $E
 
@@ -28,23 +29,23 @@ checkpoint() { printf '%s/%s/ckpt-%07d.pt' $E "$1" "$2"; }
 
 train() { # train SCRIPT STEPS FLAGS...: the seed is the last figure of the name
     [ -e "$(checkpoint "$NAME" "$2")" ] ||
-        python "$1" $COMMON --seed "${NAME##*-seed}" --steps "$2" "${@:3}" --out "$E/$NAME"
+        $PYTHON "$1" $COMMON --seed "${NAME##*-seed}" --steps "$2" "${@:3}" --out "$E/$NAME"
 }
 
 student() { # student RUN/TEACHER FLAGS...: stage 2, guided to the end
-    train train_stage2.py "$STEPS" --teacher "$E/$1/teacher.pt" --guide-scale 10 \
+    train train_stage2.py "${LENGTH:-$STEPS}" --teacher "$E/$1/teacher.pt" --guide-scale 10 \
         --guide-steps 1000000 "${@:2}"
 }
 
 teacher() { # teacher STEP OUT FLAGS...: of this run after STEP steps, in out/cifar10/NAME/OUT
     [ -e "$E/$NAME/$2/teacher.pt" ] ||
-        python build_teacher.py --ckpt "$(checkpoint "$NAME" "$1")" --student SiT-Ti/2 \
+        $PYTHON build_teacher.py --ckpt "$(checkpoint "$NAME" "$1")" --student SiT-Ti/2 \
             --out "$E/$NAME/$2" "${@:3}"
 }
 
 probe() { # probe STEP: the k-NN table of its features, in out/cifar10/NAME/probe
     [ -e "$E/$NAME/probe/probe.json" ] ||
-        python experiments/probe.py "$(checkpoint "$NAME" "$1")" --out "$E/$NAME/probe"
+        $PYTHON experiments/probe.py "$(checkpoint "$NAME" "$1")" --out "$E/$NAME/probe"
 }
 
 measure() { # measure STEP...: samples of the EMA, from the same noise for all rows, and the judge
@@ -52,7 +53,7 @@ measure() { # measure STEP...: samples of the EMA, from the same noise for all r
     for step in "$@"; do
         out=$E/$NAME/samples-$step judged=$E/$NAME/samples-$step/judged$JUDGE
         [ -e "$out/samples.npz" ] ||
-            python sample.py --ckpt "$(checkpoint "$NAME" "$step")" --num "$SAMPLES" \
+            $PYTHON sample.py --ckpt "$(checkpoint "$NAME" "$step")" --num "$SAMPLES" \
                 --mode euler --steps 16 --cfg 1 $COMPILE --out "$out" || return 1
         [ -e "$judged.json" ] || {
             python experiments/classifier.py judge "$E/classifier$JUDGE.pt" "$out/samples.npz" \
@@ -86,22 +87,27 @@ fi
         --augment --round-trips --width 48 --steps 2500 --seed "${JUDGE:-0}" \
         --out "$E/classifier$JUDGE.pt"
 
-# ---- The teachers: stage 1 of a small network, N, and of the student's own size, Ti
+# ---- The teachers: stage 1 of small networks, P, N and M, and of the student's own size, Ti
 
 full=teacher-$STEPS
 teachers() {
     local seed
-    echo "N-seed2: train train_stage1.py $double --model SiT-N/2" \
-        "&& teacher $STEPS $full && teacher $STEPS $full-ema --weights ema" \
-        "&& teacher $quarter teacher-$quarter && teacher $half teacher-$half" \
-        "&& teacher $double teacher-$double && probe $STEPS && measure $STEPS $double"
-    for seed in 3 1; do
-        echo "N-seed$seed: train train_stage1.py $STEPS --model SiT-N/2" \
-            "&& teacher $STEPS $full && measure $STEPS"
+    for seed in 2 3 1; do
+        echo "N-seed$seed: train train_stage1.py $STEPS --model SiT-N/2 && teacher $STEPS $full"
     done
     for seed in 2 3 1; do
-        echo "Ti-seed$seed: train train_stage1.py $STEPS" \
-            "&& teacher $STEPS $full && probe $STEPS && measure $quarter $half $STEPS"
+        echo "Ti-seed$seed: train train_stage1.py $STEPS && teacher $STEPS $full" \
+            "&& measure $half $STEPS"
+    done
+}
+
+more_teachers() { # how small, how long
+    local size
+    for size in P N M; do
+        echo "$size-seed2: train train_stage1.py $double --model SiT-$size/2" \
+            "&& teacher $half teacher-$half && teacher $STEPS $full" \
+            "&& teacher $STEPS $full-ema --weights ema" \
+            "&& teacher $double teacher-$double && probe $STEPS"
     done
 }
 
@@ -111,27 +117,43 @@ described="--t-min 0.4 --t-max 0.7 --guide-weight 0.5" # the paper's words
 released="--t-min 0 --t-max 1 --guide-weight 0.15"     # the arithmetic of the authors' code
 measured="measure $quarter $half $STEPS"
 
-students() {
+students() { # the rows that the README leans on
     local seed other size
     while read -r seed other; do
         echo "vanilla-seed$seed: train train_stage1.py $double --align-weight 0" \
-            "&& $measured $((3 * half)) $double"
+            "&& measure $half $STEPS $((3 * half)) $double"
         for size in N Ti; do
-            echo "rel$size-seed$seed: student $size-seed$other/$full $released && $measured"
             echo "desc$size-seed$seed: student $size-seed$other/$full $described && $measured"
+            echo "rel$size-seed$seed: student $size-seed$other/$full $released && $measured"
         done
     done <<< $'1 2\n2 3\n3 1'
 }
 
-one_seed() { # what the row as released, with the N teacher, depends on
-    local n=N-seed2/teacher
-    echo "relN-s3-seed1: student $n-$STEPS $released --guide-scale 3 && $measured"
-    echo "relN-s30-seed1: student $n-$STEPS $released --guide-scale 30 && $measured"
-    echo "relN-ema-seed1: student $n-$STEPS-ema $released && $measured"
-    echo "relN-ends-half-seed1: student $n-$STEPS $released --guide-steps $half && $measured"
-    echo "relN-teacher-quarter-seed1: student $n-$quarter $released && $measured"
-    echo "relN-teacher-half-seed1: student $n-$half $released && $measured"
-    echo "relN-teacher-double-seed1: student $n-$double $released && $measured"
+one_seed() { # what the row as described, with the N teacher, depends on
+    local n=N-seed2/teacher size steps
+    echo "descN-s3-seed1: student $n-$STEPS $described --guide-scale 3 && $measured"
+    echo "descN-s30-seed1: student $n-$STEPS $described --guide-scale 30 && $measured"
+    echo "descN-ema-seed1: student $n-$STEPS-ema $described && $measured"
+    echo "descN-ends-half-seed1: student $n-$STEPS $described --guide-steps $half && $measured"
+    for size in P N M; do
+        for steps in $half $STEPS $double; do
+            [ "$size-$steps" = "N-$STEPS" ] || # that is descN itself
+                echo "desc$size-of-$steps-seed1: student $size-seed2/teacher-$steps $described" \
+                    "&& $measured"
+        done
+    done
+}
+
+larger() { # a student of six times the cost, at half of the steps; first, which rate it wants
+    local rate size
+    for rate in 5e-4 1e-3 2e-3; do
+        echo "W-vanilla-lr$rate-seed1: train train_stage1.py $half --model SiT-W/2 --lr $rate" \
+            "--align-weight 0 && measure $quarter $half"
+    done
+    for size in N Ti; do
+        echo "W-desc$size-seed1: LENGTH=$half student $size-seed2/$full $described" \
+            "--model SiT-W/2 --lr ${WIDE_LR:-1e-3} && measure $quarter $half"
+    done
 }
 
 baselines() { # other methods on the same loop; REPA's encoder is a CNN of its own, which saw labels
@@ -145,7 +167,9 @@ baselines() { # other methods on the same loop; REPA's encoder is a CNN of its o
 }
 
 together < <(teachers)
-together < <(students; one_seed; baselines)
+together < <(students)
+together < <(more_teachers)
+together < <(one_seed; baselines; larger)
 
 # ---- The tables, the figure, the pictures
 
@@ -154,10 +178,10 @@ if [ -n "$JUDGE" ]; then
     exit $failed
 fi
 python experiments/report.py
-for name in vanilla-seed1 descTi-seed1 relN-seed1; do # with guidance, to see what they are
+for name in vanilla-seed1 descN-seed1; do # with guidance, to see what they are
     [ ! -e "$(checkpoint $name "$STEPS")" ] || [ -e $E/$name/picture/samples.npz ] ||
         python sample.py --ckpt "$(checkpoint $name "$STEPS")" --num 60 --mode heun --steps 20 \
             --cfg 3 --out $E/$name/picture
 done
-python experiments/pictures.py --step "$STEPS" --teacher "Ti-seed2/$full" || failed=1
+python experiments/pictures.py --step "$STEPS" --teacher "N-seed2/$full" || failed=1
 exit $failed

@@ -2,9 +2,8 @@
 
     python experiments/pictures.py      # assets/cifar10_samples.jpg, assets/cifar10_features.png
 
-Samples: the same noise and labels through several networks, after the same steps. Features: of the
-student without guidance, and of the teacher, as principal components in colours. On stdout: how
-much of the features' variance lies between the classes, which is what s brings.
+Samples: the same noise and labels through two networks after the same steps. Features: how much of
+the variance of the teacher's f_c and f_g lies between the classes, which is what s brings.
 """
 
 import sys
@@ -21,31 +20,34 @@ import torch
 from PIL import Image, ImageDraw
 
 from build_teacher import extrapolate, load_teacher
-from experiments.probe import noisy, pca_rgb
+from experiments.plot import new_figure
+from experiments.probe import noisy
 from sample import grid
-from vae_latents import LatentFolder, decode, find_vae
+from vae_latents import LatentFolder
 
 # Title over the samples: the run they come from
-NETWORKS = {
-    "vanilla SiT": "vanilla-seed1",
-    "as described, Ti teacher": "descTi-seed1",
-    "as released, N teacher": "relN-seed1",
-}
+NETWORKS = {"vanilla SiT": "vanilla-seed1", "stage 2, N teacher": "descN-seed1"}
 TIMES = (0.4, 0.55, 0.7)
+SCALES = (1, 3, 10, 30)
 
 
-def side_by_side(runs: Path) -> Image.Image:
-    """Ten classes in columns, of each network that has its RUN/picture/samples.npz."""
+def side_by_side(runs: Path, step: int, classes: list[str], tile=44, rows=5) -> Image.Image:
+    """Ten classes in named columns, of each network that has its RUN/picture/samples.npz."""
     files = {title: runs / name / "picture/samples.npz" for title, name in NETWORKS.items()}
     files = {title: file for title, file in files.items() if file.is_file()}
     if not files:
         raise UserError(f"{runs}: no {NETWORKS['vanilla SiT']}/picture/samples.npz or others there")
-    sheet = Image.new("RGB", (len(files) * 490 - 10, 18 + 288), "white")
+    width, top = 10 * tile + 20, 36
+    sheet = Image.new("RGB", (len(files) * width - 20, top + rows * tile), "white")
+    draw = ImageDraw.Draw(sheet)
     for number, (title, file) in enumerate(files.items()):
         with models.reading(file), np.load(file) as samples:
-            drawn = grid(samples["arr_0"][:60], 10).resize((480, 288), Image.LANCZOS)
-        sheet.paste(drawn, (number * 490, 18))
-        ImageDraw.Draw(sheet).text((number * 490 + 2, 3), title, fill="black")
+            drawn = grid(samples["arr_0"][: 10 * rows], 10)
+        left = number * width
+        sheet.paste(drawn.resize((10 * tile, rows * tile), Image.LANCZOS), (left, top))
+        draw.text((left + 2, 2), f"{title}, {step:,} steps", fill="black", font_size=13)
+        for column, name in enumerate(classes[:10]):
+            draw.text((left + column * tile + 1, 21), name, fill="black", font_size=9)
     return sheet
 
 
@@ -55,37 +57,6 @@ def both_features(teacher, x_t, times, y):
     null = torch.full_like(y, teacher.num_classes)
     f_c, f_u = (teacher(x_t, times, label, taps=[teacher.depth])[1] for label in (y, null))
     return f_c[teacher.depth], f_u[teacher.depth]
-
-
-@torch.no_grad()
-def feature_columns(vanilla, teacher, folder, s, images=6) -> list:
-    """[(title, pictures (images, .., .., 3) uint8)]: the images, then four columns for each t."""
-    vae = find_vae(None, folder.meta, folder.path)
-    depth = models.parse_name(vanilla.name)[0].student_depth
-    labels = range(min(images, len(folder.meta["classes"])))
-    rows = np.array([int((folder.labels == label).nonzero()[3]) for label in labels])
-    columns = [("image", decode(vae, noisy(folder, rows, 0.5, "cpu")[0]))]
-    for t in TIMES:
-        _, x_t, times, y = noisy(folder, rows, t, "cpu")
-        f_c, f_u = both_features(teacher, x_t, times, y)
-        h = vanilla(x_t, times, y, taps=[depth])[1][depth]
-        columns.append((f"x_t, t = {t:g}", decode(vae, x_t)))
-        columns.append((f"vanilla h_{depth}", pca_rgb(h)))
-        columns.append((f"f_c = h_{teacher.depth}", pca_rgb(f_c)))
-        columns.append((f"f_g, s = {s:g}", pca_rgb(extrapolate(f_c, f_u, s))))
-    return columns
-
-
-def feature_sheet(columns, tile=64) -> Image.Image:
-    size = len(columns) * (tile + 6), 18 + len(columns[0][1]) * (tile + 4)
-    sheet = Image.new("RGB", size, "white")
-    for column, (title, cells) in enumerate(columns):
-        place = column * (tile + 6)
-        ImageDraw.Draw(sheet).text((place, 3), title, fill="black", font_size=9)
-        for row, cell in enumerate(cells):
-            cell = Image.fromarray(cell).resize((tile, tile), Image.NEAREST)
-            sheet.paste(cell, (place, 18 + row * (tile + 4)))
-    return sheet
 
 
 def share_between_classes(features, y) -> float:
@@ -98,42 +69,52 @@ def share_between_classes(features, y) -> float:
     return (between / (features - centre).square().sum()).item()
 
 
-def between_classes(teacher, folder, images=50):
-    """Print that share for f_c and f_g, over `images` of each class."""
-    labels = folder.labels.numpy()
-    rows = [np.flatnonzero(labels == label)[:images] for label in np.unique(labels)]
+def between_classes(teacher, folder, images=50) -> dict:
+    """{t: [that share of f_g for each s of SCALES]}, over `images` of each class; s = 1 is f_c."""
+    labels, table = folder.labels.numpy(), {}
+    rows = np.concatenate([np.flatnonzero(labels == label)[:images] for label in np.unique(labels)])
     for t in TIMES:
-        _, x_t, times, y = noisy(folder, np.concatenate(rows), t, "cpu")
+        _, x_t, times, y = noisy(folder, rows, t, "cpu")
         f_c, f_u = both_features(teacher, x_t, times, y)
-        gap = ((f_c - f_u).norm() / f_u.norm()).item()
-        features = {"f_c": f_c, **{f"f_g {s}": extrapolate(f_c, f_u, s) for s in (3, 10, 30)}}
-        shares = (f"{k} {100 * share_between_classes(f, y):.0f} %" for k, f in features.items())
-        say(f"t = {t:g}: |f_c - f_u| / |f_u| = {gap:.2f}; between classes: {'  '.join(shares)}")
+        table[t] = [share_between_classes(extrapolate(f_c, f_u, s), y) for s in SCALES]
+    return table
+
+
+def bars(table: dict):
+    figure = new_figure(6, 2.8)
+    axis = figure.subplots()
+    for number, (t, shares) in enumerate(table.items()):
+        places = np.arange(len(SCALES)) + 0.25 * (number - 1)
+        axis.bar(places, [100 * share for share in shares], width=0.22, label=f"t = {t:g}")
+    names = [f"f_g, s = {s}" if s > 1 else "f_c" for s in SCALES]
+    axis.set_xticks(range(len(SCALES)), names)
+    axis.set(ylabel="variance between classes, %")
+    axis.legend(fontsize=8)
+    return figure
 
 
 @dataclass
 class Settings:
     runs: str = setting("out/cifar10", "folder of experiments/cifar10.sh")
-    vanilla: str = setting("vanilla-seed1", "run whose features are shown")
-    teacher: str = setting("Ti-seed2/teacher-6000", "folder of the teacher, in RUNS")
-    step: int = setting(6000, "the run's checkpoint", at_least=1)
-    scale: float = setting(10.0, "s", at_least=1)
+    data: str = setting("data/cifar10-latents", "latent folder")
+    teacher: str = setting("N-seed2/teacher-6000", "folder of the teacher, in RUNS")
+    step: int = setting(6000, "the runs' checkpoint", at_least=1)
     out: str = setting("assets", "folder for the two pictures")
 
 
 def main():
     args = models.parse_settings(Settings, __doc__)
-    runs, out = Path(args.runs), Path(args.out)
+    runs, out, folder = Path(args.runs), Path(args.out), LatentFolder(args.data)
+    sheet = side_by_side(runs, args.step, folder.meta["classes"])
     with models.atomic_write(out / "cifar10_samples.jpg") as file:
-        side_by_side(runs).save(file, format="JPEG", quality=92)
-    path = runs / args.vanilla / f"ckpt-{args.step:07d}.pt"
-    vanilla, file = models.load_checkpoint(path, weights="model")
+        sheet.save(file, format="JPEG", quality=92)
     teacher, _ = load_teacher(runs / args.teacher / "teacher.pt")
-    folder = LatentFolder(file["args"]["data"])
-    sheet = feature_sheet(feature_columns(vanilla, teacher, folder, args.scale))
+    table = between_classes(teacher, folder)
     with models.atomic_write(out / "cifar10_features.png") as file:
-        sheet.save(file, format="PNG", optimize=True)
-    between_classes(teacher, folder)
+        bars(table).savefig(file, format="png", dpi=100)
+    for t, shares in table.items():
+        cells = (f"s = {s} {100 * x:.0f} %" for s, x in zip(SCALES, shares, strict=True))
+        say(f"t = {t:g}: between classes: {'  '.join(cells)}")
 
 
 if __name__ == "__main__":

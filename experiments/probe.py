@@ -70,21 +70,23 @@ def probe(model, folder, depths, scales, num, t, device) -> dict:
     return table
 
 
-def pca_rgb(tokens) -> np.ndarray:
-    """Tokens (n, T, D) -> (n, side, side, 3) uint8: three principal components over all images."""
-    n, T, D = tokens.shape
-    flat = tokens.reshape(n * T, D).double()
+def pca_rgb(*features) -> list[np.ndarray]:
+    """Each of `features`, tokens (n, T, D), as colours (n, side, side, 3) uint8: three principal
+    components of all of them together, so that the same colour means the same everywhere."""
+    flat = torch.cat([tokens.flatten(0, 1) for tokens in features]).double()
     flat = flat - flat.mean(dim=0)
     _, vectors = torch.linalg.eigh(flat.T @ flat)
     colours = flat @ vectors[:, -3:].flip(1)
     low, high = colours.quantile(torch.tensor([0.02, 0.98]).to(colours), dim=0)
-    colours = ((colours - low) / (high - low).clamp(min=1e-9)).clamp(0, 1) * 255
-    return colours.byte().reshape(n, int(T**0.5), int(T**0.5), 3).cpu().numpy()
+    colours = (((colours - low) / (high - low).clamp(min=1e-9)).clamp(0, 1) * 255).byte().cpu()
+    side = int(features[0].shape[1] ** 0.5)
+    parts = colours.split([tokens.shape[0] * tokens.shape[1] for tokens in features])
+    return [part.reshape(-1, side, side, 3).numpy() for part in parts]
 
 
 @torch.no_grad()
 def picture(model, folder, vae, blocks, s, t, device, rows=8) -> Image.Image:
-    """Rows are images; columns image, x_t, and as colours h_ds, f_c, f_u, f_g (blocks: ds, dt)."""
+    """Rows are images; columns image, x_t, and as colours h_ds, f_u, f_c, f_g (blocks: ds, dt)."""
     labels = folder.labels.unique()[:rows]
     firsts = np.array([int((folder.labels == label).nonzero()[0]) for label in labels])
     x0, x_t, times, y = noisy(folder, firsts, t, device)
@@ -92,14 +94,10 @@ def picture(model, folder, vae, blocks, s, t, device, rows=8) -> Image.Image:
     null = torch.full_like(y, model.num_classes)
     f_c, f_u = tokens[blocks[1]], model(x_t, times, null, taps=blocks)[1][blocks[1]]
     latent = (x_t[:, :3].permute(0, 2, 3, 1) / 4 + 0.5).clamp(0, 1) * 255
-    columns = {
-        "image": decode(vae, x0),
-        f"x_t, t = {t:g}": latent.byte().cpu().numpy(),
-        f"h_{blocks[0]}": pca_rgb(tokens[blocks[0]]),
-        f"f_c = h_{blocks[1]}": pca_rgb(f_c),
-        "f_u": pca_rgb(f_u),
-        f"f_g, s = {s:g}": pca_rgb(extrapolate(f_c, f_u, s)),
-    }
+    columns = {"image": decode(vae, x0), f"x_t, t = {t:g}": latent.byte().cpu().numpy()}
+    columns[f"h_{blocks[0]}"] = pca_rgb(tokens[blocks[0]])[0]
+    titles = "f_u", f"f_c = h_{blocks[1]}", f"f_g, s = {s:g}"
+    columns.update(zip(titles, pca_rgb(f_u, f_c, extrapolate(f_c, f_u, s)), strict=True))
     sheet = Image.new("RGB", (len(columns) * 112, 18 + len(y) * 112), "white")
     for column, (title, cells) in enumerate(columns.items()):
         ImageDraw.Draw(sheet).text((column * 112 + 4, 3), title, fill="black")

@@ -22,40 +22,39 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models
 from models import Projector, UserError, say, setting
 
+import experiments.sizes  # noqa: F401 (teachers and students of other sizes)
 from build_teacher import load_teacher
 from experiments.baselines.cost import projector_cost, share, vanilla_steps
 from experiments.plot import auxiliary, new_figure, read_log
 from train_stage1 import Alignment
 
 STUDENT = "SiT-Ti/2"  # whose vanilla step is the unit of compute
+LARGE = "SiT-W/2"  # and of the rows that begin with W-
 
 ROWS = {  # name of the runs: what the tables call them, in their order
     "vanilla": "vanilla SiT",
     "Ti": "stage 1 alone: the Ti teacher",
-    "N": "stage 1 alone: the N teacher",
     "descTi": "as described, Ti teacher",
     "relTi": "as released, Ti teacher",
     "descN": "as described, N teacher",
     "relN": "as released, N teacher",
-    "relN-s3": "as released, N teacher, s = 3",
-    "relN-s30": "as released, N teacher, s = 30",
-    "relN-ema": "as released, N teacher's EMA",
-    "relN-ends-half": "as released, N teacher, guided for half of the steps",
-    "relN-teacher-quarter": "as released, N teacher of a quarter of the steps",
-    "relN-teacher-half": "as released, N teacher of half of the steps",
-    "relN-teacher-double": "as released, N teacher of twice the steps",
+    "descN-s3": "as described, N teacher, s = 3",
+    "descN-s30": "as described, N teacher, s = 30",
+    "descN-ema": "as described, N teacher's EMA",
+    "descN-ends-half": "as described, N teacher, guided for half of the steps",
     "repa": "REPA, with features of a CNN that saw the labels",
     "sra": "SRA",
     "vae_repa": "SRA 2 (VAE-REPA)",
     "dispersive": "Dispersive loss",
+    "W-descN": "larger student, as described, N teacher",
+    "W-descTi": "larger student, as described, Ti teacher",
 }
 # The stage that a checkpoint names: the script in experiments/baselines that trained it
 BASELINES = {"repa": "repa", "sra": "sra", "vae": "vae_repa", "disp": "dispersive"}
 SERIES = {  # of the figure, with their colours; the best baseline is added
     "vanilla": "tab:gray",
     "descTi": "tab:blue",
-    "relTi": "tab:purple",
-    "relN": "tab:red",
+    "descN": "tab:red",
 }
 
 # ---- What is there
@@ -73,7 +72,8 @@ def find_results(runs: Path, judge: str) -> dict:
         with models.reading(path):
             figures = json.loads(path.read_text())
         step, seed = int(step[1]), int(name[2])
-        figures["compute"] = compute(run, step)
+        student = LARGE if name[1].startswith("W-") else STUDENT
+        figures["compute"] = compute(run, step, student)
         found.setdefault(name[1], {}).setdefault(step, {})[seed] = figures
     if not found:
         wanted = f"NAME-seedS/samples-STEP/judged{judge}.json"
@@ -117,30 +117,31 @@ def moved(path, args, run: Path) -> Path:
 
 
 @functools.cache
-def cost(run: Path) -> tuple[float, float, float]:
+def cost(run: Path, student: str) -> tuple[float, float, float]:
     """(A step's cost without its auxiliary loss, what that adds, what was spent before step 1)."""
     args, _, shape = read_run(run)
     model = models.build(args.model, *shape)
-    own = model.forward_flops() / forward(STUDENT, shape)
+    own = model.forward_flops() / forward(student, shape)
     if getattr(args, "align_weight", None) == 0:
         return own, 0.0, 0.0
     if args.stage == "align":
         extra, before = projector_cost(model, Alignment(args, 1).projector(model), args), 0.0
     elif args.stage == "guide":
-        extra, before = guidance_cost(model, args, run)
+        extra, before = guidance_cost(model, args, run, student)
     else:
         extra, before = baseline_cost(model, args)
     return own, own * extra, before
 
 
-def guidance_cost(model, args, run: Path):
+def guidance_cost(model, args, run: Path, student: str):
     """f_c and f_u and the projector; the teacher's training, on its own settings, before."""
     teacher, file = load_teacher(moved(args.teacher, args, run))
     forwards = share(args) * 2 * teacher.forward_flops() / (3 * model.forward_flops())
     projector = Projector(model.width, out=teacher.width, hidden=args.projector_dim)
     extra = forwards + projector_cost(model, projector, args)
     source = moved(file["source"]["ckpt"], args, run)
-    return extra, compute(source if source.is_dir() else source.parent, file["source"]["step"])
+    source = source if source.is_dir() else source.parent
+    return extra, compute(source, file["source"]["step"], student)
 
 
 def baseline_cost(model, args):
@@ -158,10 +159,10 @@ def baseline_cost(model, args):
     return script.extra_cost(model, args), before
 
 
-def compute(run: Path, step: int) -> float:
-    """All that went into this run until `step`, in vanilla steps of the student; NaN: not known."""
+def compute(run: Path, step: int, student=STUDENT) -> float:
+    """All that went into this run until `step`, in vanilla steps of `student`; NaN: not known."""
     try:
-        own, extra, before = cost(run)
+        own, extra, before = cost(run, student)
     except (UserError, OSError) as error:
         say(f"warning: {run.name}: compute is not known ({error})", sys.stderr)
         return float("nan")

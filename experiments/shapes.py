@@ -2,7 +2,7 @@
 
     python experiments/shapes.py data/shapes-images --num 10000 --size 32
 
-Image i is a function of i alone: a figure of random place, size and tilt, in two random colours.
+Image i is a function of i alone: a figure of random place, size, tilt and colour on white paper.
 """
 
 import argparse
@@ -52,6 +52,9 @@ SHAPES = {
     "arrow": [arrow()],
 }
 CUT_OUT = {"ring", "crescent"}
+INKS = np.array(  # red, orange, green, blue, violet, black
+    [(215, 40, 40), (235, 130, 20), (40, 150, 60), (30, 110, 210), (120, 60, 170), (40, 40, 50)]
+)
 
 
 def draw_shape(index, size) -> tuple[str, Image.Image]:
@@ -59,19 +62,17 @@ def draw_shape(index, size) -> tuple[str, Image.Image]:
     rng = np.random.default_rng((20260107, index))
     name = list(SHAPES)[index % len(SHAPES)]
     canvas = 4 * size  # drawn four times too large, then averaged: smooth edges
-    dark, bright = rng.integers(0, 90, 3), rng.integers(0, 256, 3)
-    bright[rng.integers(3)] = rng.integers(200, 256)  # so the figure always stands out
-    ink, paper = (bright, dark) if rng.random() < 0.5 else (dark, bright)
-    ink, paper = tuple(map(int, ink)), tuple(map(int, paper))
-    radius = canvas * rng.uniform(0.26, 0.4)
+    colour = INKS[rng.integers(len(INKS))] + rng.integers(-20, 21, 3)
+    ink, paper = tuple(map(int, colour.clip(0, 255))), (255, 255, 255)
+    radius = canvas * rng.uniform(0.32, 0.42)
     centre = canvas / 2 + rng.uniform(-1, 1, 2) * (canvas * 0.45 - radius)
     tilt = rng.uniform(-0.3, 0.3)
     turn = np.array([[np.cos(tilt), -np.sin(tilt)], [np.sin(tilt), np.cos(tilt)]])
     image = Image.new("RGB", (canvas, canvas), paper)
     for number, points in enumerate(SHAPES[name]):
-        colour = paper if number and name in CUT_OUT else ink
+        fill = paper if number and name in CUT_OUT else ink
         corners = centre + radius * points @ turn.T
-        ImageDraw.Draw(image).polygon([tuple(corner) for corner in corners], fill=colour)
+        ImageDraw.Draw(image).polygon([tuple(corner) for corner in corners], fill=fill)
     return name, image.resize((size, size), Image.BOX)
 
 

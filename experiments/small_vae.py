@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from vae_latents import AutoencoderKL, ResnetBlock, from_uint8, list_images, load_vae
 
 
-def train_small_vae(images, factor=4, steps=1000, seed=0, device="cpu") -> AutoencoderKL:
+def train_small_vae(
+    images, factor=4, steps=1000, seed=0, device="cpu", batch_size=16, lr=2e-3
+) -> AutoencoderKL:
     """A VAE with 4 latent channels, trained on images (N, S, S, 3) uint8, in eval mode."""
     torch.manual_seed(seed)
     channels = {2: (16, 32), 4: (16, 32, 64), 8: (16, 32, 64, 64)}[factor]
@@ -30,10 +32,10 @@ def train_small_vae(images, factor=4, steps=1000, seed=0, device="cpu") -> Autoe
         if isinstance(module, ResnetBlock):
             nn.init.zeros_(module.conv2.weight)
     vae.quant_conv.bias.data[vae.latent_channels :] = -5.0  # a narrow posterior at first
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=0, fused=True)
     progress = models.Progress("small VAE: step", steps)
     for step in range(1, steps + 1):
-        batch = from_uint8(images[torch.randint(len(images), (16,)).numpy()]).to(device)
+        batch = from_uint8(images[torch.randint(len(images), (batch_size,)).numpy()]).to(device)
         mean, std = vae.encode(batch)
         error = F.mse_loss(vae.decode(mean + std * torch.randn_like(std)), batch)
         kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()
@@ -41,7 +43,7 @@ def train_small_vae(images, factor=4, steps=1000, seed=0, device="cpu") -> Autoe
         (error + 1e-4 * kl).backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         rise, fall = 10 * step / steps, 0.5 + 0.5 * np.cos(np.pi * step / (steps + 1))
-        optimizer.param_groups[0]["lr"] = 2e-3 * min(rise, fall)  # warm-up, then half a cosine
+        optimizer.param_groups[0]["lr"] = lr * min(rise, fall)  # warm-up, then half a cosine
         optimizer.step()
         progress(step, f"mse {error:.4f}  kl {kl:.2f}")
     with torch.no_grad():
@@ -65,7 +67,9 @@ class Settings:
     out: str = setting("data/small-vae.pt", "file to write")
     size: int = setting(32, "side in pixels after the crop", at_least=8)
     factor: int = setting(4, "downsampling of the latents", choices=[2, 4, 8])
-    steps: int = setting(1000, "steps of 16 images", at_least=1)
+    steps: int = setting(1000, "steps in all", at_least=1)
+    batch_size: int = setting(16, "images in a step", at_least=1)
+    lr: float = setting(2e-3, "AdamW's rate at its highest", above=0)
     num: int = setting(10_000, "images to learn from, at most", at_least=1)
     seed: int = setting(0, "seed of the training", at_least=0, at_most=2**63 - 1)
     device: str = setting("auto", "cpu, cuda or cuda:N; auto is cuda where there is one")
@@ -86,7 +90,9 @@ def main():
     if not images:
         raise UserError(f"{args.images}: none of its images can be read")
     images = np.stack(images)
-    vae = train_small_vae(images, args.factor, args.steps, args.seed, device)
+    vae = train_small_vae(
+        images, args.factor, args.steps, args.seed, device, args.batch_size, args.lr
+    )
     with models.atomic_write(args.out) as file:
         state = {key: value.cpu() for key, value in vae.state_dict().items()}
         torch.save({"model": state, "scale": vae.scale}, file)
