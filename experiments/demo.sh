@@ -21,29 +21,29 @@ unless() { # unless FILE COMMAND...: a command whose result is kept
 }
 
 # The paper's settings but for what a small network and few steps ask for: rate, warm-up, a faster
-# average; and s = 5, not 30: with ten classes f_c - f_u is large already (docs/results.md)
+# average; and s = 10, not 30, where the probe's plateau begins (docs/results.md)
 training="--data data/shapes --batch-size 32 --lr 3e-3 --warmup 100 --ema 0.995 --ema-ramp
     --projector-dim 256 --log-every 100 --save-every 700 --keep 9"
-teacher_steps=1000 steps=1400 vanilla_steps=1650 # stage 2 and vanilla cost the same in all
+teacher_steps=2000 steps=1400 vanilla_steps=1900 # so that both cost the same in all
 
 samples() { # samples CHECKPOINT NAME: without guidance, for the figures, and with, to look at
     local cfg
     for cfg in 1 3; do
-        unless $D/samples-$2-cfg$cfg/samples.npz python sample.py --ckpt "$1" --num 500 \
-            --mode euler --steps 25 --cfg $cfg --out $D/samples-$2-cfg$cfg
+        unless $D/samples-$2-cfg$cfg/samples.npz python sample.py --ckpt "$1" --num 300 \
+            --mode euler --steps 20 --cfg $cfg --out $D/samples-$2-cfg$cfg
     done
 }
 
 self_transcendence() {
-    part "Stage 1 of a small network, SiT-N: about 1 minute"
+    part "Stage 1 of a small network, SiT-N: about 1.5 minutes"
     unless $D/stage1/ckpt-000$teacher_steps.pt python train_stage1.py $training --model SiT-N/4 \
         --steps $teacher_steps --out $D/stage1
     part "The teacher: that network, frozen and cut. A look at its features: 15 seconds"
-    unless $D/teacher/teacher.pt python build_teacher.py --ckpt $D/stage1 --guide-scale 5 \
+    unless $D/teacher/teacher.pt python build_teacher.py --ckpt $D/stage1 --guide-scale 10 \
         --student SiT-Ti/4 --out $D/teacher
     unless $D/probe/features.png python experiments/probe.py $D/stage1 --scales 3,5,10,30 \
         --out $D/probe
-    part "Stage 2, the student, SiT-Ti: about 4 minutes; then its samples, half a minute"
+    part "Stage 2, the student, SiT-Ti: about 3.5 minutes; then its samples, half a minute"
     unless $D/stage2/ckpt-000$steps.pt python train_stage2.py $training --model SiT-Ti/4 \
         --teacher $D/teacher/teacher.pt --guide-steps $steps --steps $steps --out $D/stage2
     samples $D/stage2 stage2

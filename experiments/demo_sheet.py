@@ -22,7 +22,7 @@ from experiments.pictures import both_features
 from experiments.plot import new_figure, read_log
 from experiments.probe import noisy, pca_rgb
 from experiments.report import compute
-from vae_latents import LatentFolder, decode, find_vae
+from vae_latents import LatentFolder
 
 DEMO = Path("out/demo")
 CFG = 3  # the guidance of the samples that are shown
@@ -89,21 +89,28 @@ def bars(axis, depth):
 
 
 @torch.no_grad()
-def features(axis, folder, classes):
-    """Two images of each class, and under each what the teacher makes of it, as colours."""
+def features(axis, folder, classes, lines=4, columns=10):
+    """What the teacher makes of 40 noisy images of each class: a square is an image, its colour the
+    mean of its tokens in three principal components, the same for f_u, f_c and f_g."""
     teacher, file = load_teacher(DEMO / "teacher/teacher.pt")
-    rows = [np.flatnonzero(folder.labels.numpy() == label)[:2] for label in range(len(classes))]
-    x0, x_t, t, y = noisy(folder, np.concatenate(rows), 0.5, "cpu")
-    f_c, f_u = both_features(teacher, x_t, t, y)
-    images = decode(find_vae(None, folder.meta, folder.path), x0)
-    side, lines = images.shape[1], [images]
-    for cells in pca_rgb(f_u, f_c, extrapolate(f_c, f_u, file["scale"])):
-        lines.append(cells.repeat(side // cells.shape[1], 1).repeat(side // cells.shape[2], 2))
-    axis.imshow(tiles(np.stack(lines)))
-    axis.set_title("The teacher's features of noisy images (t = 0.5), as colours", fontsize=10)
-    name_columns(axis, classes, 2 * side)
-    labels = "image", "f_u", "f_c", f"f_g, s = {file['scale']:g}"
-    axis.set_yticks(np.arange(len(labels)) * side + side / 2, labels, fontsize=8)
+    labels, number = folder.labels.numpy(), lines * columns
+    rows = np.concatenate([np.flatnonzero(labels == i)[:number] for i in range(len(classes))])
+    _, x_t, t, y = noisy(folder, rows, 0.5, "cpu")
+    f_c, f_u = (tokens.mean(dim=1, keepdim=True) for tokens in both_features(teacher, x_t, t, y))
+    bands = pca_rgb(f_u, f_c, extrapolate(f_c, f_u, file["scale"]))
+    for band, (squares, name) in enumerate(zip(bands, ("f_u", "f_c", "f_g"), strict=True)):
+        picture = squares.reshape(len(classes), lines, columns, 3).swapaxes(0, 1)
+        top = band * (lines + 1)
+        extent = (0, len(classes) * columns, top + lines, top)
+        axis.imshow(picture.reshape(lines, -1, 3), extent=extent, interpolation="nearest")
+        axis.text(-1, top + lines / 2, name, ha="right", va="center", fontsize=9)
+    axis.set(xlim=(0, len(classes) * columns), ylim=(3 * lines + 2, 0), yticks=[])
+    title = (
+        f"The teacher's features as colours, a square for each noisy image; s = {file['scale']:g}"
+    )
+    axis.set_title(title, fontsize=10)
+    axis.set_xticks((np.arange(len(classes)) + 0.5) * columns, classes, fontsize=8)
+    axis.set_frame_on(False)
 
 
 def draw(found, folder):
@@ -114,7 +121,7 @@ def draw(found, folder):
     for column, (run, title) in enumerate(networks):
         name = f"samples-{run}-cfg{CFG}"
         right = 100 * found[name]["agreement"]
-        title = f"{title}: {right:.0f} % are what they should be"
+        title = f"{title}: a CNN recognises {right:.0f} %"
         samples(figure.add_subplot(grid[0, column]), name, title, classes)
     curves(figure.add_subplot(grid[1, 0]))
     bars(figure.add_subplot(grid[1, 1]), load_teacher(DEMO / "teacher/teacher.pt")[0].depth)
