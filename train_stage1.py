@@ -52,10 +52,8 @@ class TrainSettings:
     ema_ramp: bool = setting(False, "decay at most (1 + step) / (10 + step), for short runs")
     label_drop: float = setting(0.1, "fraction of null labels", at_least=0, below=1)
     seed: int = setting(0, "seed of everything random", at_least=0, at_most=2**63 - 1)
-    t_min: float = setting(
-        0.4, "L_aux counts from this t (as released: from 0)", at_least=0, at_most=1
-    )
-    t_max: float = setting(0.7, "and up to this one (as released: to 1)", at_least=0, at_most=1)
+    t_min: float = setting(0.4, "L_aux counts from this t (as released: 0)", at_least=0, at_most=1)
+    t_max: float = setting(0.7, "and up to this one (as released: 1)", at_least=0, at_most=1)
     projector_dim: int = setting(2048, "hidden width of the projector", at_least=1)
     qk_norm: bool = setting(True, "LayerNorm on each head's queries and keys")
     compile: bool | None = setting(None, "torch.compile (default: on CUDA only)")
@@ -187,8 +185,10 @@ class Losses(nn.Module):
             return loss_diff, torch.zeros_like(loss_diff)
         answer = self.projector(tokens[aux.depth][rows]).float()
         mask = ((t[rows] >= aux.t_min) & (t[rows] <= aux.t_max)).float()
-        distance = aux.distance(answer, target) * mask
-        return loss_diff, distance.sum() / len(x_t)  # over all n images: zero outside `rows`
+        distance = aux.distance(answer, target)
+        if distance.shape != mask.shape:
+            raise UserError(f"{aux.name}.distance: one number per image, not {[*distance.shape]}")
+        return loss_diff, (distance * mask).sum() / len(x_t)  # zero outside the range of t
 
 
 class Alignment(Auxiliary):

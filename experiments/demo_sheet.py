@@ -116,6 +116,7 @@ def features(axis, folder, classes, lines=4, columns=10):
 def draw(found, folder):
     classes = folder.meta["classes"]
     figure = new_figure(13, 10)
+    figure.get_layout_engine().set(h_pad=0.12)
     grid = figure.add_gridspec(3, 2, height_ratios=(6, 4, 3.6))
     networks = ("stage2", "Stage 2, Self-Transcendence"), ("vanilla", "Vanilla SiT, same compute")
     for column, (run, title) in enumerate(networks):

@@ -269,6 +269,18 @@ def reference_target(stage, x0, eps, t, y_true, teacher=None, depth=5, s=30.0):
     return by_stage.get(stage, f_g)
 
 
+@pytest.mark.parametrize("reduce", [torch.mean, lambda x: x.mean(dim=-1), lambda x: x.flatten()])
+def test_losses_need_one_distance_an_image(reduce):
+    """A mean over the batch would broadcast against the mask, and be wrong without a word."""
+    auxiliary = auxiliary_loss("guide", tiny(seed=9).cut(5), 2)
+    auxiliary.distance = lambda prediction, target: reduce((prediction - target).square())
+    losses = Losses(tiny(), auxiliary.projector(tiny()), auxiliary, slice(2, 6))
+    x, t, y = torch.randn(8, 4, 16, 16), torch.linspace(0, 1, 8), torch.arange(8)
+    target = torch.zeros(4, 4, tiny().width)
+    with pytest.raises(UserError, match="distance: one number per image, not "):
+        losses(x, t, y, x, target)
+
+
 @pytest.mark.parametrize("batch,ways", [(7, 1), (16, 2), (16, 4)])
 @pytest.mark.parametrize("stage", ["velocity", "latent", "guide"])
 def test_losses_against_float64_loops(batch, ways, stage, tmp_path):

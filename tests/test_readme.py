@@ -1,13 +1,15 @@
 """The README's quotes stand in the files, its flags exist, its pictures too; the budget holds."""
 
 import ast
+import json
+import os
 import re
 import subprocess
 import sys
 import textwrap
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TRAIN
 
 README = (ROOT / "README.md").read_text()
 SEVEN = "models vae_latents train_stage1 build_teacher train_stage2 sample fid".split()
@@ -27,12 +29,39 @@ def test_quotes_stand_in_the_files():
         assert any(lines[i : i + len(wanted)] == wanted for i in places), (name, quote)
 
 
+def examples():
+    """The loss in the README, indented, and the one in CONTRIBUTING.md, fenced."""
+    readme = re.search(
+        r"\n(    import torch\.nn\.functional.*?models\.run\(main\)\n)", README, re.S
+    )[1]
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    yield "README", textwrap.dedent(readme)
+    yield "CONTRIBUTING", re.search(r"```python\n(import sys.*?)```", page, re.S)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page, code", list(examples()))
+def test_the_examples_of_a_loss_run(page, code, latents, runs, tmp_path):
+    code = code.replace("Path(__file__).resolve().parents[2]", f"'{ROOT}'")
+    (tmp_path / "cosine.py").write_text(code)
+    flags = [*TRAIN, "--data", latents, "--steps", 2, "--out", tmp_path / "run"]
+    if page == "README":
+        flags += ["--teacher", runs / "teacher/teacher.pt"]
+    command = [sys.executable, tmp_path / "cosine.py", *map(str, flags)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[0])
+    assert 0 < record["loss_cosine"] < 2 * 0.5  # at most 2, and counted on part of the batch
+
+
 def commands():
     """(script, flags) of every command in the README and the shell scripts."""
     texts = [README, *(f.read_text() for f in (ROOT / "experiments").glob("*.sh"))]
     for line in "\n".join(texts).replace("\\\n", " ").splitlines():
         for script, rest in re.findall(r"(?:python|=8) ([\w/]+\.py)([^#|&;`]*)", line):
-            yield script, re.findall(r" (--[a-z-]+)", rest)
+            if script != "cosine.py":  # the example that the README itself has
+                yield script, re.findall(r" (--[a-z-]+)", rest)
 
 
 def test_flags_in_the_readme_and_scripts_exist():
