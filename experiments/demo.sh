@@ -41,7 +41,7 @@ self_transcendence() {
     part "The teacher: that network, frozen and cut. A look at its features: 15 seconds"
     unless $D/teacher/teacher.pt python build_teacher.py --ckpt $D/stage1 --guide-scale 10 \
         --student SiT-Ti/4 --out $D/teacher
-    unless $D/probe/features.png python experiments/probe.py $D/stage1 --scales 3,5,10,30 \
+    unless $D/probe/features.png python experiments/probe.py $D/stage1 --scales 3,5,10 \
         --out $D/probe
     part "Stage 2, the student, SiT-Ti: about 3.5 minutes; then its samples, half a minute"
     unless $D/stage2/ckpt-000$steps.pt python train_stage2.py $training --model SiT-Ti/4 \
@@ -58,6 +58,7 @@ baseline() {
     samples $D/vanilla/ckpt-000$steps.pt vanilla-steps
 }
 
+echo "The demo takes about 8 minutes on two free cores."
 part "Draw 10,000 pictures of ten shapes: 10 seconds"
 unless data/shapes-images/triangle python experiments/shapes.py data/shapes-images
 part "Train a small VAE and encode the pictures: about a minute and a half"
@@ -76,7 +77,7 @@ if [ ! -e $D/judged.jsonl ]; then
 fi
 self_transcendence
 if [ ! -e $D/judged.jsonl ]; then
-    part "Wait for the second core"
+    part "Wait for the second core: a minute at most"
     wait $other || { tail -n 20 $D/vanilla.log; exit 1; }
     trap - EXIT
     part "A small CNN judges the samples, and the sheet is drawn: 15 seconds"

@@ -49,18 +49,15 @@ def tiles(images) -> np.ndarray:
     return images.swapaxes(1, 2).reshape(rows * side, columns * side, 3)
 
 
-def name_columns(axis, names, side):
-    axis.set_xticks(np.arange(len(names)) * side + side / 2, names, fontsize=8)
-    axis.set_yticks([])
-
-
 def samples(axis, folder, title, classes, rows=6):
     """The first samples of a network, a class in each column."""
     with np.load(DEMO / folder / "samples.npz") as file:
         images = file["arr_0"][: 10 * rows]
     axis.imshow(tiles(images.reshape(rows, 10, *images.shape[1:])))
     axis.set_title(title, fontsize=10)
-    name_columns(axis, classes, images.shape[1])
+    side = images.shape[1]
+    axis.set_xticks(np.arange(10) * side + side / 2, classes, fontsize=7)
+    axis.set_yticks([])
 
 
 def curves(axis):
@@ -73,19 +70,26 @@ def curves(axis):
         axis.plot(steps, losses, color=colour, label=f"L_diff, {label}")
         if run == "stage2":
             guide = [record["loss_guide"] for record in records]
-            axis.plot(steps, guide, color=colour, linestyle=":", label="L_guide, stage 2")
-    axis.set(xlabel="steps", title="The losses: L_diff hardly tells the two apart")
+            label = "L_guide, stage 2: zero outside 0.4 <= t <= 0.7"
+            axis.plot(steps, guide, color=colour, linestyle=":", label=label)
+    axis.set(xlabel="steps", ylim=(0, None))
+    axis.set_title("The losses: L_diff hardly tells the two apart", fontsize=10)
     axis.legend(fontsize=8)
 
 
 def bars(axis, depth):
     table = json.loads((DEMO / "probe/probe.json").read_text())["blocks"][str(depth)]
-    axis.bar(
-        range(len(table)), list(table.values()), color=["tab:gray", "tab:blue", *["tab:red"] * 9]
-    )
+    colours = ["tab:gray", "tab:blue", *["tab:red"] * (len(table) - 2)]
+    drawn = axis.bar(range(len(table)), list(table.values()), color=colours)
+    axis.bar_label(drawn, fmt="%.2f", fontsize=8)
+    axis.axhline(0.1, color="black", linestyle=":", linewidth=1, label="chance")
     names = [name.replace("f_g ", "f_g, s = ") for name in table]
     axis.set_xticks(range(len(table)), names, fontsize=8)
-    axis.set(title="How often the nearest features are of the same class", ylim=(0, 1))
+    axis.set(ylabel="k-NN accuracy", ylim=(0, 1.1))
+    axis.set_title(
+        "How loudly the teacher's features say the class (f_u was not told it)", fontsize=10
+    )
+    axis.legend(fontsize=8)
 
 
 @torch.no_grad()
@@ -104,9 +108,11 @@ def features(axis, folder, classes, lines=4, columns=10):
         extent = (0, len(classes) * columns, top + lines, top)
         axis.imshow(picture.reshape(lines, -1, 3), extent=extent, interpolation="nearest")
         axis.text(-1, top + lines / 2, name, ha="right", va="center", fontsize=9)
+    for label in range(1, len(classes)):
+        axis.axvline(label * columns, color="white", linewidth=4)
     axis.set(xlim=(0, len(classes) * columns), ylim=(3 * lines + 2, 0), yticks=[])
     title = (
-        f"The teacher's features as colours, a square for each noisy image; s = {file['scale']:g}"
+        f"Each square is a noisy image, its colour the teacher's features; s = {file['scale']:g}"
     )
     axis.set_title(title, fontsize=10)
     axis.set_xticks((np.arange(len(classes)) + 0.5) * columns, classes, fontsize=8)
@@ -114,19 +120,23 @@ def features(axis, folder, classes, lines=4, columns=10):
 
 
 def draw(found, folder):
-    classes = folder.meta["classes"]
-    figure = new_figure(13, 10)
-    figure.get_layout_engine().set(h_pad=0.12)
-    grid = figure.add_gridspec(3, 2, height_ratios=(6, 4, 3.6))
-    networks = ("stage2", "Stage 2, Self-Transcendence"), ("vanilla", "Vanilla SiT, same compute")
-    for column, (run, title) in enumerate(networks):
-        name = f"samples-{run}-cfg{CFG}"
-        right = 100 * found[name]["agreement"]
-        title = f"{title}: a CNN recognises {right:.0f} %"
-        samples(figure.add_subplot(grid[0, column]), name, title, classes)
-    curves(figure.add_subplot(grid[1, 0]))
-    bars(figure.add_subplot(grid[1, 1]), load_teacher(DEMO / "teacher/teacher.pt")[0].depth)
-    features(figure.add_subplot(grid[2, :]), folder, classes)
+    classes, steps = folder.meta["classes"], last_step("stage2")
+    figure = new_figure(15, 9.5)
+    figure.get_layout_engine().set(h_pad=0.1)
+    top, middle, bottom = figure.add_gridspec(3, 1, height_ratios=(5, 4, 3))
+    networks = {
+        "stage2": f"Stage 2, {steps:,} steps",
+        "vanilla-steps": f"Vanilla, {steps:,} steps",
+        "vanilla": f"Vanilla, as much compute, {last_step('vanilla'):,} steps",
+    }
+    for cell, (name, title) in zip(top.subgridspec(1, 3), networks.items(), strict=True):
+        name = f"samples-{name}-cfg{CFG}"
+        title = f"{title}: a CNN recognises {100 * found[name]['agreement']:.0f} %"
+        samples(figure.add_subplot(cell), name, title, classes)
+    left, right = middle.subgridspec(1, 2)
+    curves(figure.add_subplot(left))
+    bars(figure.add_subplot(right), load_teacher(DEMO / "teacher/teacher.pt")[0].depth)
+    features(figure.add_subplot(bottom), folder, classes)
     return figure
 
 
@@ -153,7 +163,7 @@ def main():
     with models.atomic_write(DEMO / "demo.png") as file:
         draw(found, folder).savefig(file, format="png", dpi=80)
     say(f"\n{table(found)}")
-    say("A CNN is the judge; FD-CNN is a distance in its features, not FID. One seed.")
+    say("A CNN judges 300 samples; FD-CNN is a distance in its features, not FID. One seed.")
     say(f"Look at {DEMO}/demo.png")
 
 

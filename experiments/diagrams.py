@@ -42,7 +42,7 @@ def extrapolation(s=3.0):
         arrow(axis, f_u, f_c, colour)
         for text, place in ((f"f_u, a {name}", f_u), ("f_c", f_c), (f"f_g, a {name}", f_g)):
             axis.plot(*place, "o", color=colour if text[2] != "u" else "#8c959f", markersize=5)
-            offset = {"f_u": (-32, -17), "f_c": (2, 8), "f_g": (8, -4)}[text[:3]]
+            offset = {"f_u": (-44, 9), "f_c": (2, 8), "f_g": (8, -4)}[text[:3]]
             axis.annotate(text, place, offset, textcoords="offset points", color=INK)
     axis.text(-0.05, 3.0, f"f_g = f_u + s (f_c − f_u), here s = {s:g}", color=INK, fontsize=11)
     lines = (
@@ -67,12 +67,13 @@ def batch_slice(batch=32, low=0.4, high=0.7):
     u = np.random.default_rng(3).random(batch)
     for i in range(batch):
         inside = rows.start <= i < rows.stop
+        counts = low <= (i + u[i]) / batch <= high
         colour = "#ffd8d3" if inside else "white"
         axis.add_patch(rectangle((i, 0), 1, 1, colour))
-        axis.plot(i + u[i], 0.5, "o", markersize=4, color=RED if inside else "#8c959f")
+        axis.plot(i + u[i], 0.5, "o", markersize=4, color=RED if counts else "#8c959f")
     middle = (rows.start + rows.stop) / 2
     axis.plot([rows.start, rows.stop], [1.2, 1.2], color=RED, linewidth=3, solid_capstyle="butt")
-    text = f"rows {rows.start} to {rows.stop - 1}: teacher, P2 and L_guide work on these alone"
+    text = "the slice: teacher and P2 run on these rows alone; the mask trims its ends"
     axis.text(middle, 1.42, text, ha="center", color=INK, fontsize=9)
     for t in (0, low, high, 1):
         axis.text(t * batch, -0.45, f"t = {t:g}", ha="center", color=INK, fontsize=9)
