@@ -82,7 +82,7 @@ def main():
     trained = model.forward_flops() / student * (step or 0)
     share = 2 / 3 * model.forward_flops() * depth / model.depth / student  # two forward passes
     per_step = f"a guided step {0.3 * share:.3f} where 0.4 <= t <= 0.7, {share:.3f} at all t"
-    say(f"cost in steps of {args.student or model.name}: training {trained:.0f}; {per_step}")
+    say(f"in steps of {args.student or model.name}: training {trained:.0f} without P1; {per_step}")
     source = {"ckpt": str(args.ckpt), "weights": args.weights, "step": step}
     source.update(model=model.name, depth=model.depth)
     names = "width heads patch input_size in_channels num_classes qk_norm"
