@@ -121,7 +121,7 @@ students() { # the rows that the README leans on
     local seed other size
     while read -r seed other; do
         echo "vanilla-seed$seed: train train_stage1.py $double --align-weight 0" \
-            "&& measure $half $STEPS $((3 * half)) $double"
+            "&& measure $half $STEPS $((5 * quarter)) $((6 * quarter)) $double"
         for size in N Ti; do
             echo "desc$size-seed$seed: student $size-seed$other/$full $described && $measured"
             echo "rel$size-seed$seed: student $size-seed$other/$full $released && $measured"

@@ -31,7 +31,7 @@ TIMES = (0.4, 0.55, 0.7)
 SCALES = (1, 3, 10, 30)
 
 
-def side_by_side(runs: Path, step: int, classes: list[str], tile=44, rows=5) -> Image.Image:
+def side_by_side(runs: Path, step: int, classes: list[str], tile=48, rows=5) -> Image.Image:
     """Ten classes in named columns, of each network that has its RUN/picture/samples.npz."""
     files = {title: runs / name / "picture/samples.npz" for title, name in NETWORKS.items()}
     files = {title: file for title, file in files.items() if file.is_file()}
@@ -47,7 +47,7 @@ def side_by_side(runs: Path, step: int, classes: list[str], tile=44, rows=5) -> 
         sheet.paste(drawn.resize((10 * tile, rows * tile), Image.LANCZOS), (left, top))
         draw.text((left + 2, 2), f"{title}, {step:,} steps", fill="black", font_size=13)
         for column, name in enumerate(classes[:10]):
-            draw.text((left + column * tile + 1, 21), name, fill="black", font_size=9)
+            draw.text((left + column * tile + 1, 21), name, fill="black", font_size=8)
     return sheet
 
 
