@@ -37,6 +37,7 @@ import fid
 import train_stage2
 from build_teacher import extrapolate
 from experiments.baselines.cost import projector_cost, share
+from experiments.probe import both_features
 from sample import sample
 from train_stage1 import Losses, State, draw, latent_stream, make_batch, rows_in_range
 from vae_latents import AutoencoderKL, LatentFolder
@@ -312,24 +313,21 @@ def briefly_trained(name, size, steps, device):
     return model.eval(), prototypes
 
 
-@torch.no_grad()
-def both_features(teacher, x_t, t, y, dtype=None):
+def features(teacher, batch, dtype=None):
     """(f_c, f_u), in float32 arithmetic or under autocast to `dtype`."""
-    twice = x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, torch.full_like(y, 10)])
-    with torch.autocast(x_t.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-        tokens = teacher(*twice, taps=[teacher.depth])[1]
-    return tokens[teacher.depth].float().chunk(2)
+    with torch.autocast(batch[0].device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        return both_features(teacher, *batch, [teacher.depth])[teacher.depth]
 
 
 def feature_errors(teacher, batch):
     """|f_c - f_u| / |f_u|; then the relative error of f_g at s = 30 in TF32, float16, bfloat16."""
-    f_c, f_u = both_features(teacher, *batch)
+    f_c, f_u = features(teacher, batch)
     exact = extrapolate(f_c, f_u, 30)
     with tf32(True):
         copied = teacher if batch[0].is_cuda else emulated_tf32(teacher)
-        guided = [extrapolate(*both_features(copied, *batch), 30)]
+        guided = [extrapolate(*features(copied, batch), 30)]
     for dtype in (torch.float16, torch.bfloat16):
-        guided.append(extrapolate(*both_features(teacher, *batch, dtype), 30))
+        guided.append(extrapolate(*features(teacher, batch, dtype), 30))
     errors = [((f_g - exact).norm() / exact.norm()).item() for f_g in guided]
     return ((f_c - f_u).norm() / f_u.norm()).item(), *errors
 

@@ -9,7 +9,8 @@
 # JOBS trainings run at a time, one core each; JOBS=1 OMP_NUM_THREADS=16, or a GPU, runs them one
 # after the other. STEPS (a multiple of 4) and SAMPLES make it shorter. All is in out/cifar10:
 # NAME-seedS holds a run, its samples and the judge's figures, NAME-seedS.log what it printed.
-# A killed run continues where it was cut: call the script again.
+# WIDE_LR is the rate of the larger student's runs with a teacher. A killed run continues where it
+# was cut: call the script again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} JOBS=${JOBS:-2} JUDGE=${JUDGE:-}
@@ -106,9 +107,9 @@ more_teachers() { # how small, how long
     for size in P N M; do
         echo "$size-seed2: train train_stage1.py $double --model SiT-$size/2" \
             "&& teacher $half teacher-$half && teacher $STEPS $full" \
-            "&& teacher $STEPS $full-ema --weights ema" \
             "&& teacher $double teacher-$double && probe $STEPS"
     done
+    echo "N-seed2: teacher $STEPS $full-ema --weights ema"
 }
 
 # ---- The students. Each has a teacher of another seed: never one with its own initialisation

@@ -60,7 +60,7 @@ baseline() {
 
 echo "The demo takes about 8 minutes on two free cores."
 part "Draw 10,000 pictures of ten shapes: 10 seconds"
-unless data/shapes-images/triangle python experiments/shapes.py data/shapes-images
+unless data/shapes-images/arrow/09999.png python experiments/shapes.py data/shapes-images
 part "Train a small VAE and encode the pictures: about a minute and a half"
 unless data/shapes-vae.pt python experiments/small_vae.py data/shapes-images --size 32 \
     --factor 2 --batch-size 8 --lr 3e-3 --steps 800 --out data/shapes-vae.pt

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from build_teacher import extrapolate, load_teacher
-from experiments.pictures import both_features
 from experiments.plot import new_figure, read_log
-from experiments.probe import noisy, pca_rgb
-from experiments.report import compute
+from experiments.probe import both_features, noisy, pca_rgb
+from experiments.report import compute, read_run
+from sample import grid
 from vae_latents import LatentFolder
 
 DEMO = Path("out/demo")
@@ -35,7 +35,7 @@ def judged() -> dict:
 
 
 def last_step(run) -> int:
-    return int(models.checkpoints(DEMO / run)[0].stem.removeprefix("ckpt-"))
+    return read_run(DEMO / run)[1]
 
 
 def cost(run, step) -> float:
@@ -43,20 +43,13 @@ def cost(run, step) -> float:
     return compute(DEMO / run, step, "SiT-Ti/4")
 
 
-def tiles(images) -> np.ndarray:
-    """Images (rows, columns, S, S, 3) as one picture."""
-    rows, columns, side = images.shape[:3]
-    return images.swapaxes(1, 2).reshape(rows * side, columns * side, 3)
-
-
 def samples(axis, folder, title, classes, rows=6):
     """The first samples of a network, a class in each column."""
     with np.load(DEMO / folder / "samples.npz") as file:
-        images = file["arr_0"][: 10 * rows]
-    axis.imshow(tiles(images.reshape(rows, 10, *images.shape[1:])))
+        sheet = grid(file["arr_0"][: 10 * rows], 10)
+    axis.imshow(sheet)
     axis.set_title(title, fontsize=10)
-    side = images.shape[1]
-    axis.set_xticks(np.arange(10) * side + side / 2, classes, fontsize=7)
+    axis.set_xticks((np.arange(10) + 0.5) * sheet.width / 10, classes, fontsize=7)
     axis.set_yticks([])
 
 
@@ -100,7 +93,8 @@ def features(axis, folder, classes, lines=4, columns=10):
     labels, number = folder.labels.numpy(), lines * columns
     rows = np.concatenate([np.flatnonzero(labels == i)[:number] for i in range(len(classes))])
     _, x_t, t, y = noisy(folder, rows, 0.5, "cpu")
-    f_c, f_u = (tokens.mean(dim=1, keepdim=True) for tokens in both_features(teacher, x_t, t, y))
+    both = both_features(teacher, x_t, t, y, [teacher.depth])[teacher.depth]
+    f_c, f_u = (tokens.mean(dim=1, keepdim=True) for tokens in both)
     bands = pca_rgb(f_u, f_c, extrapolate(f_c, f_u, file["scale"]))
     for band, (squares, name) in enumerate(zip(bands, ("f_u", "f_c", "f_g"), strict=True)):
         picture = squares.reshape(len(classes), lines, columns, 3).swapaxes(0, 1)

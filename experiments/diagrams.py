@@ -4,12 +4,13 @@ python experiments/diagrams.py
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import models
-from models import say
+from models import say, setting
 
 import numpy as np
 
@@ -69,7 +70,7 @@ def batch_slice(batch=32, low=0.4, high=0.7):
         inside = rows.start <= i < rows.stop
         counts = low <= (i + u[i]) / batch <= high
         colour = "#ffd8d3" if inside else "white"
-        axis.add_patch(rectangle((i, 0), 1, 1, colour))
+        axis.bar(i + 0.5, 1, width=1, color=colour, edgecolor="#8c959f", linewidth=0.7)
         axis.plot(i + u[i], 0.5, "o", markersize=4, color=RED if counts else "#8c959f")
     middle = (rows.start + rows.stop) / 2
     axis.plot([rows.start, rows.stop], [1.2, 1.2], color=RED, linewidth=3, solid_capstyle="butt")
@@ -85,17 +86,17 @@ def batch_slice(batch=32, low=0.4, high=0.7):
     return figure
 
 
-def rectangle(corner, width, height, colour):
-    from matplotlib.patches import Rectangle
-
-    return Rectangle(corner, width, height, facecolor=colour, edgecolor="#8c959f", linewidth=0.7)
+@dataclass
+class Settings:
+    out: str = setting("assets", "folder for the two drawings")
 
 
 def main():
-    for name, figure in (("extrapolation", extrapolation()), ("slice", batch_slice())):
-        with models.atomic_write(f"assets/{name}.svg") as file:
-            figure.savefig(file, format="svg", metadata={"Date": None})
-        say(f"assets/{name}.svg")
+    out = Path(models.parse_settings(Settings, __doc__).out)
+    for name, draw in (("extrapolation", extrapolation), ("slice", batch_slice)):
+        with models.atomic_write(out / f"{name}.svg") as file:
+            draw().savefig(file, format="svg", metadata={"Date": None})
+        say(out / f"{name}.svg")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 
 from build_teacher import extrapolate, load_teacher
 from experiments.plot import new_figure
-from experiments.probe import noisy
+from experiments.probe import both_features, noisy
 from sample import grid
 from vae_latents import LatentFolder
 
@@ -51,14 +51,6 @@ def side_by_side(runs: Path, step: int, classes: list[str], tile=48, rows=5) -> 
     return sheet
 
 
-@torch.no_grad()
-def both_features(teacher, x_t, times, y):
-    """(f_c, f_u), each (n, T, D)."""
-    null = torch.full_like(y, teacher.num_classes)
-    f_c, f_u = (teacher(x_t, times, label, taps=[teacher.depth])[1] for label in (y, null))
-    return f_c[teacher.depth], f_u[teacher.depth]
-
-
 def share_between_classes(features, y) -> float:
     """The share of all tokens' variance that lies between the means of the classes."""
     means = torch.stack(
@@ -75,7 +67,7 @@ def between_classes(teacher, folder, images=50) -> dict:
     rows = np.concatenate([np.flatnonzero(labels == label)[:images] for label in np.unique(labels)])
     for t in TIMES:
         _, x_t, times, y = noisy(folder, rows, t, "cpu")
-        f_c, f_u = both_features(teacher, x_t, times, y)
+        f_c, f_u = both_features(teacher, x_t, times, y, [teacher.depth])[teacher.depth]
         table[t] = [share_between_classes(extrapolate(f_c, f_u, s), y) for s in SCALES]
     return table
 

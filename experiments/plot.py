@@ -42,10 +42,12 @@ def auxiliary(records) -> str | None:
 def new_figure(width, height):
     """An empty matplotlib figure, in inches, that needs no screen."""
     try:
+        from matplotlib import rcParams
         from matplotlib.figure import Figure
     except ImportError as error:
         need = "pip install -r requirements-dev.txt"
         raise UserError(f"matplotlib is needed for pictures: {need}") from error
+    rcParams["svg.hashsalt"] = "fixed"  # a drawing that is made again is the same file
     return Figure(figsize=(width, height), layout="constrained")
 
 

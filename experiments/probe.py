@@ -35,6 +35,14 @@ def noisy(folder, rows, t, device, seed=0):
     return x0.to(device), x_t.to(device), times, folder.labels[rows].to(device)
 
 
+@torch.no_grad()
+def both_features(model, x_t, t, y, depths) -> dict:
+    """{d: (f_c, f_u)}, each (n, T, D) float32, of the blocks d in `depths`."""
+    null = torch.full_like(y, model.num_classes)
+    f_c, f_u = (model(x_t, t, labels, taps=depths)[1] for labels in (y, null))
+    return {d: (f_c[d].float(), f_u[d].float()) for d in depths}
+
+
 def knn_accuracy(features, labels, k=10) -> float:
     """Share of the second half whose k nearest in the first half (cosine) vote for its label."""
     features = F.normalize(features - features.mean(dim=0), dim=1)
@@ -45,7 +53,6 @@ def knn_accuracy(features, labels, k=10) -> float:
     return (votes.argmax(dim=1) == labels[half:]).double().mean().item()
 
 
-@torch.no_grad()
 def probe(model, folder, depths, scales, num, t, device) -> dict:
     """{depth: {"f_u": k-NN accuracy, "f_c": .., "f_g 30": ..}} of mean-pooled features.
 
@@ -57,9 +64,9 @@ def probe(model, folder, depths, scales, num, t, device) -> dict:
     for first in range(0, len(rows), 64):
         part = rows[first : first + 64]
         _, x_t, times, y = noisy(folder, part, t, device, seed=int(part[0]))
-        for which, labels in enumerate((y, torch.full_like(y, model.num_classes))):
-            for depth, tokens in model(x_t, times, labels, taps=depths)[1].items():
-                pooled[depth][which].append(tokens.float().mean(dim=1))
+        for depth, both in both_features(model, x_t, times, y, depths).items():
+            for parts, tokens in zip(pooled[depth], both, strict=True):
+                parts.append(tokens.mean(dim=1))
         progress(first + len(part))
     labels, table = folder.labels[rows].to(device), {}
     for depth, both in pooled.items():
@@ -90,12 +97,11 @@ def picture(model, folder, vae, blocks, s, t, device, rows=8) -> Image.Image:
     labels = folder.labels.unique()[:rows]
     firsts = np.array([int((folder.labels == label).nonzero()[0]) for label in labels])
     x0, x_t, times, y = noisy(folder, firsts, t, device)
-    tokens = model(x_t, times, y, taps=blocks)[1]
-    null = torch.full_like(y, model.num_classes)
-    f_c, f_u = tokens[blocks[1]], model(x_t, times, null, taps=blocks)[1][blocks[1]]
+    both = both_features(model, x_t, times, y, blocks)
+    f_c, f_u = both[blocks[1]]
     latent = (x_t[:, :3].permute(0, 2, 3, 1) / 4 + 0.5).clamp(0, 1) * 255
     columns = {"image": decode(vae, x0), f"x_t, t = {t:g}": latent.byte().cpu().numpy()}
-    columns[f"h_{blocks[0]}"] = pca_rgb(tokens[blocks[0]])[0]
+    columns[f"h_{blocks[0]}"] = pca_rgb(both[blocks[0]][0])[0]
     titles = "f_u", f"f_c = h_{blocks[1]}", f"f_g, s = {s:g}"
     columns.update(zip(titles, pca_rgb(f_u, f_c, extrapolate(f_c, f_u, s)), strict=True))
     sheet = Image.new("RGB", (len(columns) * 112, 18 + len(y) * 112), "white")
