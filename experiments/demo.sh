@@ -2,7 +2,7 @@
 # The whole method on drawn shapes, on two CPU cores: from images to one sheet, out/demo/demo.png.
 # Start it with `make demo`. Every command is printed as it runs and can be run alone; run again, the
 # script does only what is missing.
-set -eum
+set -eu
 cd "$(dirname "$0")/.."
 start=$(date +%s)
 D=out/demo
@@ -71,8 +71,10 @@ export OMP_NUM_THREADS=1 # two trainings side by side, one core each
 if [ ! -e $D/judged.jsonl ]; then
     part "Beside all that follows, on the second core: a vanilla SiT, for as much compute as the
    teacher and the student take together (out/demo/vanilla.log)"
+    set -m # in a process group of its own, so that the trap reaches what it runs
     baseline > $D/vanilla.log 2>&1 &
     other=$!
+    set +m
     trap 'kill -TERM -- -$other 2> /dev/null || true' EXIT # it saves and stops
 fi
 self_transcendence

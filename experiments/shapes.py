@@ -6,6 +6,7 @@ Image i is a function of i alone: a figure of random place, size, tilt and colou
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -97,4 +98,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
