@@ -7,13 +7,13 @@ sigma, mu_s, sigma_s, as ADM's), or a latent folder. Heusel et al. 2017 (FID), N
 (sFID), Salimans et al. 2016 (IS), Kynkaanniemi et al. 2019; Dhariwal & Nichol 2021 (ADM).
 """
 
-import functools
 import json
 import math
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import models
@@ -35,9 +35,8 @@ KEYS = ("mu", "sigma", "mu_s", "sigma_s")  # statistics of the features and of s
 # ---- The network: torchvision's Inception v3, but for three pools of the FID graph of 2015
 
 
-maximum = functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
-average = functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1)
-average.keywords["count_include_pad"] = False
+maximum = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
+average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
 
 
 def fid_pool(block, pool):
@@ -190,8 +189,6 @@ def open_input(path, size, batch):
         if not files:
             raise UserError(f"{path}: a folder without images")
         return saved, file_batches(files, size, batch)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file or folder")
     with models.reading(path), np.load(path) as archive:
         saved = {key: archive[key] for key in KEYS if key in archive}
         pixels = archive["arr_0"] if "arr_0" in archive else np.zeros((0, 1, 1, 3), np.uint8)
@@ -234,6 +231,9 @@ class Settings:
 
 def main():
     args = models.parse_settings(Settings, __doc__)
+    for path in filter(None, (args.samples, args.reference)):  # before the weights are fetched
+        if not Path(path).exists():
+            raise UserError(f"{path}: no such file or folder")
     device, _, _ = models.setup(args.device)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     network = load_inception(args.weights).to(device)

@@ -211,8 +211,8 @@ def train(args: TrainSettings, auxiliary: Auxiliary):
     """Train args.model on args.data into args.out, with `auxiliary` unless its weight is 0."""
     signals = Signals()
     device, rank, world = models.setup(args.device)
-    held = models.lock(args.out) if rank == 0 else None  # noqa: F841 (until this function returns)
     folder, B = LatentFolder(args.data), args.batch_size
+    held = models.lock(args.out) if rank == 0 else None  # noqa: F841 (until this function returns)
     meta, null_label = folder.meta, len(folder.meta["classes"])
     shares = world * args.accum  # share w of the global batch has its images w, w + shares, ...
     my_shares = range(rank, shares, world)  # those that this process works through

@@ -61,6 +61,7 @@ def train(tmp_path):
 def test_no_latents(refused, tmp_path, name):
     flags = ["--data", tmp_path / "nowhere", "--out", tmp_path / "o", "--device", "cpu"]
     refused(name, *flags, says=["nowhere", "vae_latents.py"])
+    assert not (tmp_path / "o").exists()
 
 
 def damage(folder, what):
@@ -342,7 +343,7 @@ def test_a_malicious_pickle_does_not_run(refused, tmp_path, name):
     (tmp_path / "raw.pt").write_bytes(raw)
     for file in ("evil.pt", "raw.pt"):
         refused(name, "--ckpt", tmp_path / file, "--out", tmp_path / "o", says=[file])
-    refused("fid.py", tmp_path / "a.npz", "--weights", tmp_path / "evil.pt", says=["evil.pt"])
+    refused("fid.py", tmp_path, "--weights", tmp_path / "evil.pt", says=["evil.pt"])
     assert not (tmp_path / "pwned").exists()
 
 
@@ -521,6 +522,8 @@ def test_bad_fid_input(refused, tmp_path, weights):
     other = ["--weights", tmp_path / "other.npz"]
     refused("fid.py", tmp_path / "a.npz", *other, says=["other.npz"])
     refused("fid.py", "x", "--magic", says=["--magic"])
+    missing = [tmp_path / "a.npz", tmp_path / "nowhere", *other]  # before the weights are read
+    refused("fid.py", *missing, says=["nowhere", "no such file"])
 
 
 def test_statistics_that_are_not_finite(refused, tmp_path, weights):
