@@ -399,8 +399,7 @@ def load_file(path) -> dict:
         if zipped and (bad := zipfile.ZipFile(path).testzip()):
             raise ValueError(f"damaged: the checksum of {bad} is wrong")
         with torch.serialization.safe_globals([argparse.Namespace]):  # REPA keeps its arguments so
-            file = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=zipped))
-    return file
+            return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=zipped))
 
 
 @contextlib.contextmanager

@@ -420,9 +420,8 @@ class Log:
         self.args, self.name, self.state = args, name, state
         self.clock, self.clock_step = time.time(), state.step
         self.flops = 3 * state.model.forward_flops() / world  # the backward pass is two forward
-        self.path, lines = Path(args.out) / "log.jsonl", []
-        if self.path.exists():
-            lines = self.path.read_text().splitlines()
+        self.path = Path(args.out) / "log.jsonl"
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
         with models.atomic_write(self.path) as file:  # what came after the checkpoint comes again
             for line in lines:
                 with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut by a kill
