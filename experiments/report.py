@@ -31,6 +31,11 @@ from train_stage1 import Alignment
 STUDENT = "SiT-Ti/2"  # whose vanilla step is the unit of compute
 LARGE = "SiT-W/2"  # and of the rows that begin with W-
 
+TEACHERS = {
+    f"desc{size}-of-{steps}": f"as described, {size} teacher of {steps:,} steps"
+    for size in "PNM"
+    for steps in (3000, 6000, 12000)
+}
 ROWS = {  # name of the runs: what the tables call them, in their order
     "vanilla": "vanilla SiT",
     "Ti": "stage 1 alone: the Ti teacher",
@@ -42,6 +47,7 @@ ROWS = {  # name of the runs: what the tables call them, in their order
     "descN-s30": "as described, N teacher, s = 30",
     "descN-ema": "as described, N teacher's EMA",
     "descN-ends-half": "as described, N teacher, guided for half of the steps",
+    **TEACHERS,
     "repa": "REPA, with features of a CNN that saw the labels",
     "sra": "SRA",
     "vae_repa": "SRA 2 (VAE-REPA)",
