@@ -231,8 +231,8 @@ class Settings:
 
 def main():
     args = models.parse_settings(Settings, __doc__)
-    for path in filter(None, (args.samples, args.reference)):  # before the weights are fetched
-        if not Path(path).exists():
+    for path in map(Path, filter(None, (args.samples, args.reference))):  # before weights come
+        if not (path.is_file() or path.is_dir()):  # a pipe would be waited for
             raise UserError(f"{path}: no such file or folder")
     device, _, _ = models.setup(args.device)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False

@@ -31,7 +31,7 @@ from train_stage1 import Alignment
 STUDENT = "SiT-Ti/2"  # whose vanilla step is the unit of compute
 LARGE = "SiT-W/2"  # and of the rows that begin with W-
 
-TEACHERS = {
+TEACHERS = {  # the rows that ask how small and how long, at the script's own length
     f"desc{size}-of-{steps}": f"as described, {size} teacher of {steps:,} steps"
     for size in "PNM"
     for steps in (3000, 6000, 12000)

@@ -524,6 +524,8 @@ def test_bad_fid_input(refused, tmp_path, weights):
     refused("fid.py", "x", "--magic", says=["--magic"])
     missing = [tmp_path / "a.npz", tmp_path / "nowhere", *other]  # before the weights are read
     refused("fid.py", *missing, says=["nowhere", "no such file"])
+    os.mkfifo(tmp_path / "pipe")
+    bad(tmp_path / "pipe", says=["pipe", "no such file"])
 
 
 def test_statistics_that_are_not_finite(refused, tmp_path, weights):
