@@ -31,11 +31,6 @@ from train_stage1 import Alignment
 STUDENT = "SiT-Ti/2"  # whose vanilla step is the unit of compute
 LARGE = "SiT-W/2"  # and of the rows that begin with W-
 
-TEACHERS = {  # the rows that ask how small and how long, at the script's own length
-    f"desc{size}-of-{steps}": f"as described, {size} teacher of {steps:,} steps"
-    for size in "PNM"
-    for steps in (3000, 6000, 12000)
-}
 ROWS = {  # name of the runs: what the tables call them, in their order
     "vanilla": "vanilla SiT",
     "Ti": "stage 1 alone: the Ti teacher",
@@ -47,7 +42,6 @@ ROWS = {  # name of the runs: what the tables call them, in their order
     "descN-s30": "as described, N teacher, s = 30",
     "descN-ema": "as described, N teacher's EMA",
     "descN-ends-half": "as described, N teacher, guided for half of the steps",
-    **TEACHERS,
     "repa": "REPA, with features of a CNN that saw the labels",
     "sra": "SRA",
     "vae_repa": "SRA 2 (VAE-REPA)",
@@ -62,6 +56,16 @@ SERIES = {  # of the figure, with their colours; the best baseline is added
     "descTi": "tab:blue",
     "descN": "tab:red",
 }
+
+
+def title(row: str) -> str:
+    """What the tables call a row."""
+    if teacher := re.fullmatch(r"desc([PNM])-of-(\d+)", row):  # how small, how long
+        return f"as described, {teacher[1]} teacher of {int(teacher[2]):,} steps"
+    if rate := re.fullmatch(r"W-vanilla-lr(.+)", row):
+        return f"larger student, vanilla, rate {rate[1]}"
+    return ROWS.get(row, row)
+
 
 # ---- What is there
 
@@ -193,7 +197,7 @@ def table(found: dict) -> str:
     lines = [f"| | seeds | steps | total compute | {titles} |", "|---|---|--:|--:|--:|--:|--:|--:|"]
     for row, steps in found.items():
         for step, seeds in steps.items():
-            first = ROWS.get(row, row) if step == min(steps) else ""
+            first = title(row) if step == min(steps) else ""
             cells = [first, ", ".join(map(str, sorted(seeds))), f"{step:,}"]
             cells.append(f"{statistics.mean(values(seeds, 'compute')):,.0f}")
             cells.append(spread(values(seeds, "FD-CNN"), 2))
@@ -220,7 +224,7 @@ def losses(runs: Path, found: dict) -> str:
     for row, steps in found.items():
         seeds = sorted({seed for part in steps.values() for seed in part})
         ends = [last_losses(runs / f"{row}-seed{seed}") for seed in seeds]
-        cells = [ROWS.get(row, row), ", ".join(map(str, seeds))]
+        cells = [title(row), ", ".join(map(str, seeds))]
         cells += [spread(sum(column, []), 4) for column in zip(*ends, strict=True)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -267,7 +271,7 @@ def draw(found: dict, real):
     for number, (metric, (title, scale)) in enumerate(panels.items()):
         axis = axes[number]
         for row, colour in series(found).items():
-            draw_row(axis, found[row], metric, scale, ROWS[row], colour)
+            draw_row(axis, found[row], metric, scale, title(row), colour)
         if real:
             limit = {"color": "black", "linestyle": ":", "label": "real images through the VAE"}
             axis.axhline(scale * real[number], **limit)

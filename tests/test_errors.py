@@ -353,7 +353,9 @@ def test_a_malicious_pickle_does_not_run(refused, tmp_path, name):
 def test_teachers_that_do_not_fit(refused, runs, latents, tmp_path):
     flags = ["train_stage2.py", *TRAIN, "--data", latents, "--out", tmp_path / "o", "--steps", 4]
     fits = [*flags, "--teacher", runs / "teacher/teacher.pt"]
+    refused(*flags, "--teacher", tmp_path / "none.pt", says=["none.pt", "no teacher there"])
     refused(*fits, "--model", "SiT-Ti/4", says=["patch: 8", "4"])
+    assert not (tmp_path / "o").exists()  # no folder of a run that never began
     refused(*fits, "--guide-depth", 99, says=["--guide-depth 99"])
     refused(*fits, "--guide-scale", 0.5, says=["--guide-scale 0.5"])
     refused(*fits, "--guide-weight", 0, says=["--guide-weight"])
