@@ -58,7 +58,7 @@ SERIES = {  # of the figure, with their colours; the best baseline is added
 }
 
 
-def title(row: str) -> str:
+def row_title(row: str) -> str:
     """What the tables call a row."""
     if teacher := re.fullmatch(r"desc([PNM])-of-(\d+)", row):  # how small, how long
         return f"as described, {teacher[1]} teacher of {int(teacher[2]):,} steps"
@@ -197,7 +197,7 @@ def table(found: dict) -> str:
     lines = [f"| | seeds | steps | total compute | {titles} |", "|---|---|--:|--:|--:|--:|--:|--:|"]
     for row, steps in found.items():
         for step, seeds in steps.items():
-            first = title(row) if step == min(steps) else ""
+            first = row_title(row) if step == min(steps) else ""
             cells = [first, ", ".join(map(str, sorted(seeds))), f"{step:,}"]
             cells.append(f"{statistics.mean(values(seeds, 'compute')):,.0f}")
             cells.append(spread(values(seeds, "FD-CNN"), 2))
@@ -224,7 +224,7 @@ def losses(runs: Path, found: dict) -> str:
     for row, steps in found.items():
         seeds = sorted({seed for part in steps.values() for seed in part})
         ends = [last_losses(runs / f"{row}-seed{seed}") for seed in seeds]
-        cells = [title(row), ", ".join(map(str, seeds))]
+        cells = [row_title(row), ", ".join(map(str, seeds))]
         cells += [spread(sum(column, []), 4) for column in zip(*ends, strict=True)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -271,7 +271,7 @@ def draw(found: dict, real):
     for number, (metric, (title, scale)) in enumerate(panels.items()):
         axis = axes[number]
         for row, colour in series(found).items():
-            draw_row(axis, found[row], metric, scale, title(row), colour)
+            draw_row(axis, found[row], metric, scale, row_title(row), colour)
         if real:
             limit = {"color": "black", "linestyle": ":", "label": "real images through the VAE"}
             axis.axhline(scale * real[number], **limit)
