@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 
 import models
@@ -14,6 +15,10 @@ from conftest import TRAIN, call, tiny, write_folder
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+import build_teacher
+import train_stage1
+import train_stage2
+from experiments import report
 from experiments.baselines import cost, dispersive, repa, repa_features, sra, vae_repa
 from train_stage1 import Losses, batch_indices, draw, make_batch, rows_in_range
 from vae_latents import LatentFolder
@@ -301,3 +306,37 @@ def test_extra_cost_against_counted_flops(name, folder, features):
     extra = (flops(loss.projector(model)) - flops(None)) / vanilla
     assert METHODS[name].extra_cost(model, args) == pytest.approx(extra, rel=0.03)
     assert cost.vanilla_steps(5 * vanilla, model, args) == pytest.approx(5)
+
+
+def test_report(folder, tmp_path, capsys):
+    """The table's total compute is what torch counts in all steps of both stages."""
+    runs = tmp_path / "runs"
+
+    def counted(script, name, *flags):
+        train = [*TRAIN, "--model", "SiT-Ti/2", "--data", folder, "--out", runs / name]
+        with FlopCounterMode(display=False) as counter:
+            call(script, *train, *flags)
+        return counter.get_total_flops()
+
+    vanilla_step = counted(train_stage1, "vanilla-seed1", "--align-weight", 0, "--steps", 2) / 2
+    teacher = counted(train_stage1, "N-seed2", "--model", "SiT-N/2", "--steps", 4)
+    call(build_teacher, "--ckpt", runs / "N-seed2", "--out", runs / "N-seed2/teacher")
+    guided = ["--teacher", runs / "N-seed2/teacher/teacher.pt", "--guide-steps", 2, "--steps", 3]
+    student = counted(train_stage2, "descN-seed1", *guided)
+    compute = report.compute(runs / "descN-seed1", 3)
+    assert compute == pytest.approx((teacher + student) / vanilla_step, rel=0.03)
+    assert report.compute(runs / "vanilla-seed1", 2) == pytest.approx(2)
+
+    shutil.copytree(runs / "descN-seed1", runs / "descN-seed2")
+    judged = {("vanilla", 1, 2): (30, 0.3), ("descN", 1, 3): (20, 0.4), ("descN", 2, 3): (23, 0.5)}
+    for (row, seed, step), (distance, share) in judged.items():
+        figures = {"FD-CNN": distance, "agreement": share, "precision": 0.9, "recall": 0.2}
+        path = runs / f"{row}-seed{seed}/samples-{step}/judged.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps(figures))
+    call(report, "--runs", runs, "--figure", tmp_path / "figure.png")
+    lines = capsys.readouterr().out.splitlines()
+    assert "| vanilla SiT | 1 | 2 | 2 | 30.00 | 30.0 | 0.900 | 0.200 |" in lines
+    both = f"1, 2 | 3 | {compute:.0f} | 21.50 ± 2.12 | 45.0 ± 7.1 | 0.900 ± 0.000 | 0.200 ± 0.000"
+    assert f"| as described, N teacher | {both} |" in lines
+    assert Image.open(tmp_path / "figure.png").size == (900, 420)
