@@ -313,22 +313,28 @@ def test_report(folder, tmp_path, capsys):
     runs = tmp_path / "runs"
 
     def counted(script, name, *flags):
-        train = [*TRAIN, "--model", "SiT-Ti/2", "--data", folder, "--out", runs / name]
+        train = [*TRAIN, "--model", "SiT-Ti/2", "--projector-dim", 256, "--data", folder]
         with FlopCounterMode(display=False) as counter:
-            call(script, *train, *flags)
+            call(script, *train, "--out", runs / name, *flags)
         return counter.get_total_flops()
 
     vanilla_step = counted(train_stage1, "vanilla-seed1", "--align-weight", 0, "--steps", 2) / 2
-    teacher = counted(train_stage1, "N-seed2", "--model", "SiT-N/2", "--steps", 4)
-    call(build_teacher, "--ckpt", runs / "N-seed2", "--out", runs / "N-seed2/teacher")
-    guided = ["--teacher", runs / "N-seed2/teacher/teacher.pt", "--guide-steps", 2, "--steps", 3]
-    student = counted(train_stage2, "descN-seed1", *guided)
-    compute = report.compute(runs / "descN-seed1", 3)
-    assert compute == pytest.approx((teacher + student) / vanilla_step, rel=0.03)
+    teacher = counted(train_stage1, "Ti-seed2", "--steps", 2)
+    call(build_teacher, "--ckpt", runs / "Ti-seed2", "--out", runs / "Ti-seed2/teacher")
+    guided = ["--teacher", runs / "Ti-seed2/teacher/teacher.pt", "--guide-steps", 2, "--steps", 3]
+    student = counted(train_stage2, "descTi-seed1", *guided, "--t-min", 0, "--t-max", 1)
+    compute = report.compute(runs / "descTi-seed1", 3)
+    assert compute == pytest.approx((teacher + student) / vanilla_step, rel=0.02)
+    stage_1 = report.compute(runs / "Ti-seed2", 2)
+    assert stage_1 == pytest.approx(teacher / vanilla_step, rel=0.01)
     assert report.compute(runs / "vanilla-seed1", 2) == pytest.approx(2)
 
-    shutil.copytree(runs / "descN-seed1", runs / "descN-seed2")
-    judged = {("vanilla", 1, 2): (30, 0.3), ("descN", 1, 3): (20, 0.4), ("descN", 2, 3): (23, 0.5)}
+    shutil.copytree(runs / "descTi-seed1", runs / "descTi-seed2")
+    judged = {
+        ("vanilla", 1, 2): (30, 0.3),
+        ("descTi", 1, 3): (20, 0.4),
+        ("descTi", 2, 3): (23, 0.5),
+    }
     for (row, seed, step), (distance, share) in judged.items():
         figures = {"FD-CNN": distance, "agreement": share, "precision": 0.9, "recall": 0.2}
         path = runs / f"{row}-seed{seed}/samples-{step}/judged.json"
@@ -338,5 +344,5 @@ def test_report(folder, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "| vanilla SiT | 1 | 2 | 2 | 30.00 | 30.0 | 0.900 | 0.200 |" in lines
     both = f"1, 2 | 3 | {compute:.0f} | 21.50 ± 2.12 | 45.0 ± 7.1 | 0.900 ± 0.000 | 0.200 ± 0.000"
-    assert f"| as described, N teacher | {both} |" in lines
+    assert f"| as described, Ti teacher | {both} |" in lines
     assert Image.open(tmp_path / "figure.png").size == (900, 420)
