@@ -102,7 +102,7 @@ teachers() {
     done
 }
 
-more_teachers() { # how small, how long
+more_teachers() { # how small, how long; and REPA's encoder
     local size
     for size in P N M; do
         echo "$size-seed2: train train_stage1.py $double --model SiT-$size/2" \
@@ -110,6 +110,8 @@ more_teachers() { # how small, how long
             "&& teacher $double teacher-$double && probe $STEPS"
     done
     echo "N-seed2: teacher $STEPS $full-ema --weights ema"
+    echo "repa-features: [ -e $DATA/cnn.json ] || python experiments/baselines/repa_features.py" \
+        "--data $DATA --model SiT-Ti/2 --encoder cnn" # a CNN of its own, which saw the labels
 }
 
 # ---- The students. Each has a teacher of another seed: never one with its own initialisation
@@ -157,14 +159,14 @@ larger() { # a student of six times the cost, at half of the steps; first, which
     done
 }
 
-baselines() { # other methods on the same loop; REPA's encoder is a CNN of its own, which saw labels
-    local b=experiments/baselines
-    echo "sra-seed1: train $b/sra.py $STEPS && $measured"
+baselines() { # other methods on the same loop; three seeds where the distance came within a tenth
+    local b=experiments/baselines seed
+    for seed in 1 2 3; do
+        echo "sra-seed$seed: train $b/sra.py $STEPS && $measured"
+        echo "repa-seed$seed: train $b/repa.py $STEPS --features $DATA/cnn.npy && $measured"
+    done
     echo "vae_repa-seed1: train $b/vae_repa.py $STEPS && $measured"
     echo "dispersive-seed1: train $b/dispersive.py $STEPS && $measured"
-    echo "repa-seed1: { [ -e $DATA/cnn.json ] ||" \
-        "python $b/repa_features.py --data $DATA --model SiT-Ti/2 --encoder cnn; }" \
-        "&& train $b/repa.py $STEPS --features $DATA/cnn.npy && $measured"
 }
 
 together < <(teachers)
