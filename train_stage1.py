@@ -212,6 +212,8 @@ def train(args: TrainSettings, auxiliary: Auxiliary):
     signals = Signals()
     device, rank, world = models.setup(args.device)
     folder, B = LatentFolder(args.data), args.batch_size
+    # Locked before its checkpoints are read; a new folder is made when nothing is missing any more
+    held = models.lock(args.out) if rank == 0 and Path(args.out).exists() else None
     meta, null_label = folder.meta, len(folder.meta["classes"])
     shares = world * args.accum  # share w of the global batch has its images w, w + shares, ...
     my_shares = range(rank, shares, world)  # those that this process works through
@@ -222,7 +224,7 @@ def train(args: TrainSettings, auxiliary: Auxiliary):
     has_aux = auxiliary.weight > 0 and start < min(auxiliary.until, args.steps)
     if has_aux:
         auxiliary.prepare(folder, device)
-    held = models.lock(args.out) if rank == 0 else None  # noqa: F841 (until this function returns)
+    held = models.lock(args.out) if rank == 0 and not held else held  # until train returns
     models.agree(settings=vars(args), latents=meta, checkpoint=start, teacher=auxiliary.identity)
     if start == args.steps:
         return say(f"{args.out}: is at step {start}, nothing to do (--steps is the total)")

@@ -357,8 +357,11 @@ def test_two_runs_on_one_folder(data, tmp_path):
     """The second is refused; a dead one keeps nobody out."""
     process = start(1, data, tmp_path / "out", steps=100000)
     wait_for(process.stdout, "step 2/")
+    half = tmp_path / "out/ckpt-0000001.pt"
+    half.write_bytes(b"half")  # what a run writes is not read beside it
     with pytest.raises(UserError, match="another run is at work there"):
         finish(1, data, tmp_path / "out")
+    half.unlink()
     process.kill()
     process.communicate()
     finish(1, data, tmp_path / "out", steps=2)
