@@ -34,7 +34,6 @@ KEYS = ("mu", "sigma", "mu_s", "sigma_s")  # statistics of the features and of s
 
 # ---- The network: torchvision's Inception v3, but for three pools of the FID graph of 2015
 
-
 maximum = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
 average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
 

@@ -5,10 +5,12 @@ Sources: DiT (Peebles & Xie 2023, arXiv 2212.09748), SiT (Ma et al. 2024, arXiv 
 The second half holds what every script shares: settings, errors, files, processes.
 """
 
+import signal
 import sys
 
-# Ctrl-C leaves without a traceback, also during the slow imports below
+# Ctrl-C leaves without a traceback, in the imports, too; in torch's it waits: C++ would abort
 sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
+unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 
 import argparse
 import contextlib
@@ -32,6 +34,8 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
 
 # Depth in blocks, width D, heads (DiT, table 1). Then three blocks, counted from 1: d1, which
 # stage 1 aligns; dt, whose tokens teach; ds, which learns them in stage 2. The authors have them
@@ -214,8 +218,7 @@ class SiT(nn.Module):
 
 class Projector(nn.Module):
     """An auxiliary loss's MLP, D -> hidden -> hidden -> out with SiLU, on tokens (N, T, D).
-    With `to_latent` = (patch, channels) it answers in VAE latent space, (N, C, H, W): stage 1's P1.
-    """
+    With `to_latent` = (patch, channels) it answers in latent space, (N, C, H, W): stage 1's P1."""
 
     def __init__(self, width, out=None, hidden=2048, to_latent=None):
         super().__init__()

@@ -58,9 +58,8 @@ def sample(
             dt = t_next - t
             x = x + drift(x, t) * dt
             if t_next > 0:  # the last step is deterministic
-                shape = {"size": x.shape[1:], "dtype": torch.float64}
-                fresh = torch.stack([torch.randn(**shape, generator=g) for g in generators])
-                x = x + math.sqrt(2 * t * -dt) * fresh.to(x.device)
+                fresh = [torch.randn(x.shape[1:], generator=g, dtype=x.dtype) for g in generators]
+                x = x + math.sqrt(2 * t * -dt) * torch.stack(fresh).to(x.device)
         return x
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
     for t, t_next in zip(times, times[1:], strict=False):

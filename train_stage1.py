@@ -140,8 +140,7 @@ def make_batch(indices, moments, y, draws, scale, null_label) -> Batch:
 class Auxiliary:
     """An auxiliary loss on the tokens of one block. A loss of your own is a subclass with `target`.
     L = L_diff + weight L_aux in the first `until` steps, then L_diff. L_aux is the mean over the
-    WHOLE batch of distance(projector(h_depth), target) where t_min <= t <= t_max, zero elsewhere.
-    """
+    WHOLE batch of distance(projector(h_depth), target) where t_min <= t <= t_max, else zero."""
 
     name = "aux"  # in the log
     identity = None  # what must stay the same when the run is continued, such as a teacher's hash
