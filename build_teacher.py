@@ -28,7 +28,7 @@ def extrapolate(f_cond, f_uncond, s):
 def guided_features(teacher: SiT, x_t, t, y, s) -> torch.Tensor:
     """f_g (N, T, D) float32, for x_t (N, C, H, W), t (N,) and true labels y (N,).
     f_c - f_u is a small difference of large numbers, and s multiplies its rounding error: at s = 30
-    f_g is off by 0.3 to 0.5 % in float16, by 2.6 to 3.8 % in bfloat16 (docs/results.md)."""
+    f_g is off by 0.3 to 0.5 % in float16, by 2.6 to 3.8 % in bfloat16 (docs/differences.md)."""
     null = torch.full_like(y, teacher.num_classes)
     with torch.autocast(x_t.device.type, torch.float16, enabled=x_t.is_cuda):
         both = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null])
@@ -81,7 +81,7 @@ def main():
     student = models.build(args.student or model.name, *shape).forward_flops()
     trained = model.forward_flops() / student * (step or 0)
     share = 2 / 3 * model.forward_flops() * depth / model.depth / student  # two forward passes
-    per_step = f"a guided step {0.3 * share:.3f} where 0.4 <= t <= 0.7, {share:.3f} at all t"
+    per_step = f"a guided step {0.3 * share:.3f} more where 0.4 <= t <= 0.7, {share:.3f} at all t"
     say(f"in steps of {args.student or model.name}: training {trained:.0f} without P1; {per_step}")
     source = {"ckpt": str(args.ckpt), "weights": args.weights, "step": step}
     source.update(model=model.name, depth=model.depth)

@@ -179,8 +179,7 @@ def open_input(path, size, batch):
         path = path / "samples.npz"
     if (path / "meta.json").is_file():
         folder = LatentFolder(path)
-        firsts = range(0, len(folder), batch)
-        return saved, (folder.images(slice(i, i + batch)) for i in firsts)
+        return saved, (folder.images(slice(i, i + batch)) for i in range(0, len(folder), batch))
     if path.is_dir():
         walk = os.walk(path, followlinks=True)
         files = sorted(Path(where) / name for where, _, names in walk for name in names)

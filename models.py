@@ -22,7 +22,6 @@ import os
 import re
 import time
 import traceback
-import typing
 import zipfile
 from collections import OrderedDict, namedtuple
 from dataclasses import field, fields
@@ -38,8 +37,8 @@ from torch.utils.checkpoint import checkpoint
 signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
 
 # Depth in blocks, width D, heads (DiT, table 1). Then three blocks, counted from 1: d1, which
-# stage 1 aligns; dt, whose tokens teach; ds, which learns them in stage 2. The authors have them
-# for B and XL's d1, the others are in proportion. A size of your own is one more line.
+# stage 1 aligns; dt, whose tokens teach; ds, which learns them in stage 2. B's three and XL's d1
+# are the authors', the others ours, by analogy. A size of your own is one more line.
 Size = namedtuple("Size", "depth width heads align_depth teacher_depth student_depth")
 SIZES = {
     "N": Size(6, 64, 2, 1, 4, 3),  # a small teacher
@@ -295,7 +294,7 @@ def parse_settings(Settings: type, doc: str):
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = refuse
     for f in fields(Settings):
-        kind = (typing.get_args(f.type) or (f.type,))[0]  # `int | None`: an int that may be absent
+        kind = getattr(f.type, "__args__", (f.type,))[0]  # `int | None`: an int that may be absent
         shown = "" if f.default in (None, "") else f" (default: {f.default})"
         options = {"default": f.default, "help": f.metadata["help"].replace("%", "%%") + shown}
         if kind is bool:
@@ -393,7 +392,7 @@ def load_file(path) -> dict:
     """torch.load of plain tensors and plain Python, checksums verified; never code."""
     path = Path(path)
     if not path.is_file():
-        what = "is a directory, not a file" if path.is_dir() else f"no such file (in {Path.cwd()})"
+        what = "a folder, no ckpt-<step>.pt" if path.is_dir() else f"no such file (in {Path.cwd()})"
         raise UserError(f"{path}: {what}")
     with reading(path):
         if path.suffix == ".safetensors":
@@ -448,7 +447,7 @@ def setup(device="auto") -> tuple[torch.device, int, int]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cpu" and torch.version.cuda and Path("/dev/nvidia0").exists():
-            raise UserError("--device auto: torch cannot use this machine's card; an old driver?")
+            raise UserError("--device: torch cannot use the card (old driver?); try --device cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UserError(f"--device {device}: supported are cpu, cuda and cuda:N")
     if device == "cuda":

@@ -23,9 +23,7 @@ from vae_latents import chunks_to_do, decode, find_vae, load_vae, shared_array
 
 
 @torch.no_grad()
-def sample(
-    model, noise, y, num_classes, steps=250, mode="sde", cfg=1.0, interval=(0.0, 1.0), seed=0
-):
+def sample(model, noise, y, num_classes, steps=250, mode="sde", cfg=1.0, interval=(0, 1), seed=0):
     """Integrate dx = v dt (mode "euler", "heun") or REPA's reverse SDE ("sde") from t = 1 to 0.
     model: SiT or any callable (x, t, y) -> (velocity, ...). noise (N, C, H, W) is x at t = 1, y
     (N,) int64, `num_classes` the null label. v_u + cfg (v_c - v_u) acts where t is in `interval`;

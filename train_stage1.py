@@ -1,7 +1,7 @@
 """Stage 1: train a SiT whose shallow block is aligned with VAE latent space; THE training loop.
 
     torchrun --nproc_per_node=8 train_stage1.py                   # SiT-XL/2, the paper's settings
-    python train_stage1.py --data data/shapes --model SiT-Ti/2    # --align-weight 0: vanilla SiT
+    python train_stage1.py --data data/shapes --model SiT-Ti/4 --batch-size 32 --steps 2000
 
 L = L_diff + 0.5 L_align (Self-Transcendence, arXiv 2601.07773). The same command again continues.
 
@@ -142,7 +142,7 @@ class Auxiliary:
     L = L_diff + weight L_aux in the first `until` steps, then L_diff. L_aux is the mean over the
     WHOLE batch of distance(projector(h_depth), target) where t_min <= t <= t_max, else zero."""
 
-    name = "aux"  # in the log
+    name = "aux"  # in the log and the checkpoint, which another loss does not continue
     identity = None  # what must stay the same when the run is continued, such as a teacher's hash
     teacher = None  # a network that is dropped when the loss ends
     ema: nn.Module  # the averaged network, set by the loop
@@ -234,8 +234,8 @@ def train(args: TrainSettings, auxiliary: Auxiliary):
     rows = rows_in_range(B, shares, auxiliary.t_min, auxiliary.t_max)
     network = parallel(Losses(state.model, state.projector, auxiliary, rows), args, device)
     stream = latent_stream(folder, args, start, my_shares, shares, device)
-    log = Log(args, auxiliary.name, state, saved, world) if rank == 0 else None
-    saved = None  # the mapped file could not be freed when it is deleted
+    log = Log(args, auxiliary.name, state, saved) if rank == 0 else None
+    saved = None  # or the mapped file would keep its place on the disk when it is deleted
     signals.saved = start
 
     for step in range(start, args.steps):  # the number of steps done so far
@@ -365,7 +365,8 @@ class State:
             if rank == 0:
                 with models.atomic_write(Path(args.out) / f"ckpt-{self.step:07d}.pt") as file:
                     torch.save(content, file)
-                for old in models.checkpoints(args.out)[args.keep :]:
+                killed = Path(args.out).glob("ckpt-*.pt.tmp")  # what a killed save has left
+                for old in [*models.checkpoints(args.out)[args.keep :], *killed]:
                     old.unlink(missing_ok=True)
         except (UserError, OSError) as error:
             failure = f"stopped after step {self.step}: {error}; make room and run the same again"
@@ -380,9 +381,8 @@ class State:
             self.ema.load_state_dict(saved["ema"])
             if self.projector:
                 self.projector.load_state_dict(saved["projector"])
-            params = range(len(self.optimizer.param_groups[0]["params"]))
-            moments = saved["opt"]["state"]  # a projector that is not needed any more stays behind
-            moments = {i: moments[i] for i in params if i in moments}
+            params = range(len(self.optimizer.param_groups[0]["params"]))  # fewer after L_aux's end
+            moments = {i: m for i, m in saved["opt"]["state"].items() if i in params}
             groups = [{**saved["opt"]["param_groups"][0], "params": list(params)}]
             self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
             if any(state["exp_avg"].shape != p.shape for p, state in self.optimizer.state.items()):
@@ -404,7 +404,7 @@ def continued(args, meta, auxiliary) -> dict | None:
     now = {**vars(args), "stage": auxiliary.name}
     changed = [k for k in now if k in before and k not in FREE.split() and before[k] != now[k]]
     lines = {k: f"--{k.replace('_', '-')} {before[k]} -> {now[k]}" for k in changed}
-    wrong = [lines[k] for k in changed if not k.endswith(FREE_BUT_SAID)]
+    wrong = [lines[k] for k in changed if not k.endswith(FREE_BUT_SAID) or not before[k]]
     wrong += ["--data (other latents)"] if latents != meta else []
     if wrong:
         same = "give the same to continue it, or choose another --out"
@@ -417,10 +417,10 @@ def continued(args, meta, auxiliary) -> dict | None:
 class Log:
     """log.jsonl, the same in every run of these settings, and the line for the terminal."""
 
-    def __init__(self, args, name, state, saved, world):
+    def __init__(self, args, name, state, saved):
         self.args, self.name, self.state = args, name, state
         self.clock, self.clock_step = time.time(), state.step
-        self.flops = 3 * state.model.forward_flops() / world  # the backward pass is two forward
+        self.flops = 3 * state.model.forward_flops()  # the backward pass is two forward
         self.path = Path(args.out) / "log.jsonl"
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         with models.atomic_write(self.path) as file:  # what came after the checkpoint comes again

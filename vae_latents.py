@@ -265,12 +265,15 @@ class LatentFolder:
     def __len__(self):
         return len(self.labels)
 
+    @functools.cached_property
+    def files(self) -> np.ndarray:
+        names = json.loads((self.path / "files.json").read_text())
+        return np.array([os.path.join(self.meta["source"], name) for name in names])
+
     def images(self, rows) -> np.ndarray:
         """The cropped source images (n, S, S, 3) uint8, read from where they were encoded."""
         with models.reading(f"{self.path}: its images"):
-            files = json.loads((self.path / "files.json").read_text())
-            files = np.array([os.path.join(self.meta["source"], name) for name in files])[rows]
-            return np.stack([open_image(file, self.meta["image_size"]) for file in files])
+            return np.stack([open_image(f, self.meta["image_size"]) for f in self.files[rows]])
 
 
 def shared_array(path, shape, dtype, rank) -> np.ndarray:
@@ -278,8 +281,9 @@ def shared_array(path, shape, dtype, rank) -> np.ndarray:
     if rank == 0 and not path.exists():
         temporary = path.with_suffix(".tmp")
         array = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
-        with open(temporary, "r+b") as file:  # a full disk is an error here, not a crash later
-            os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            with open(temporary, "r+b") as file:  # a full disk is an error here, no crash later
+                os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
         os.replace(temporary, path)
     models.gather(None)  # the others wait
     with models.reading(f"{path}: remove it and run the same again; it"):
@@ -356,7 +360,7 @@ def main():
         with models.atomic_write(out / "unreadable.txt") as file:
             file.write("\n".join(bad).encode(errors="surrogateescape"))
         few = f"{len(bad)} of {N} images cannot be read: {'; '.join(bad[:5])}"
-        raise UserError(f"{few}; fix or remove them, all listed in {out}/unreadable.txt; run again")
+        raise UserError(f"{few}; fix or replace them, listed in {out}/unreadable.txt; run again")
     if rank == 0:
         meta = {"format": FORMAT, "tag": tag, "image_size": args.image_size, "num_images": N}
         meta.update(classes=images.classes, channels=vae.latent_channels, height=side, width=side)

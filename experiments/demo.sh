@@ -21,16 +21,16 @@ unless() { # unless FILE COMMAND...: a command whose result is kept
 }
 
 # The paper's settings but for what a small network and few steps ask for: rate, warm-up, a faster
-# average; and s = 10, not 30, where the probe's plateau begins (docs/results.md)
-training="--data data/shapes --batch-size 32 --lr 3e-3 --warmup 100 --ema 0.995 --ema-ramp
-    --projector-dim 256 --log-every 100 --save-every 700 --keep 9"
+# average; and s = 10, not 30 (docs/results.md)
+training="--data data/shapes --device cpu --batch-size 32 --lr 3e-3 --warmup 100 --ema 0.995
+    --ema-ramp --projector-dim 256 --log-every 100 --save-every 700 --keep 9"
 teacher_steps=2000 steps=1400 vanilla_steps=1900 # so that both cost the same in all
 
 samples() { # samples CHECKPOINT NAME: without guidance, for the figures, and with, to look at
     local cfg
     for cfg in 1 3; do
         unless $D/samples-$2-cfg$cfg/samples.npz python sample.py --ckpt "$1" --num 300 \
-            --mode euler --steps 20 --cfg $cfg --out $D/samples-$2-cfg$cfg
+            --mode euler --steps 20 --cfg $cfg --device cpu --out $D/samples-$2-cfg$cfg
     done
 }
 
@@ -42,7 +42,7 @@ self_transcendence() {
     unless $D/teacher/teacher.pt python build_teacher.py --ckpt $D/stage1 --guide-scale 10 \
         --student SiT-Ti/4 --out $D/teacher
     unless $D/probe/features.png python experiments/probe.py $D/stage1 --scales 3,5,10 \
-        --out $D/probe
+        --device cpu --out $D/probe
     part "Stage 2, the student, SiT-Ti: about 3.5 minutes; then its samples, half a minute"
     unless $D/stage2/ckpt-000$steps.pt python train_stage2.py $training --model SiT-Ti/4 \
         --teacher $D/teacher/teacher.pt --guide-steps $steps --steps $steps --out $D/stage2
@@ -63,9 +63,9 @@ part "Draw 10,000 pictures of ten shapes: 10 seconds"
 unless data/shapes-images/arrow/09999.png python experiments/shapes.py data/shapes-images
 part "Train a small VAE and encode the pictures: about a minute and a half"
 unless data/shapes-vae.pt python experiments/small_vae.py data/shapes-images --size 32 \
-    --factor 2 --batch-size 8 --lr 3e-3 --steps 800 --out data/shapes-vae.pt
+    --device cpu --factor 2 --batch-size 8 --lr 3e-3 --steps 800 --out data/shapes-vae.pt
 unless data/shapes/meta.json python vae_latents.py --images data/shapes-images \
-    --vae data/shapes-vae.pt --image-size 32 --out data/shapes
+    --vae data/shapes-vae.pt --image-size 32 --device cpu --out data/shapes
 
 export OMP_NUM_THREADS=1 # two trainings side by side, one core each
 if [ ! -e $D/judged.jsonl ]; then

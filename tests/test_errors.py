@@ -158,6 +158,8 @@ def test_unwritable_or_bad_vae(refused, tmp_path, vae):
 
 def test_a_relative_path_names_the_directory_it_was_looked_for_in(refused, tmp_path):
     refused("sample.py", "--ckpt", "not/there.pt", "--out", tmp_path / "o", says=[os.getcwd()])
+    (tmp_path / "young").mkdir()  # a run before its first checkpoint
+    refused("sample.py", "--ckpt", tmp_path / "young", "--out", tmp_path / "o", says=["no ckpt-"])
 
 
 # ---- flags
@@ -198,7 +200,7 @@ def test_a_card_that_torch_cannot_use_is_not_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(models.Path, "exists", lambda path: str(path) == "/dev/nvidia0")
-    with pytest.raises(UserError, match="cannot use this machine's card"):
+    with pytest.raises(UserError, match="cannot use the card.*try --device cpu"):
         models.setup("auto")
     assert models.setup("cpu")[0].type == "cpu"
 
@@ -261,6 +263,13 @@ def test_continuing_with_other_arguments(refused, run_copy, tmp_path, runs):
     refused(*flags, "--data", write_folder(tmp_path / "d"), says=["--data (other latents)"])
     stage2 = ["train_stage2.py", *flags[1:], "--seed", 0]
     refused(*stage2, "--teacher", runs / "teacher/teacher.pt", says=["--stage align -> guide"])
+
+
+def test_a_loss_that_ended_does_not_come_back(refused, run_copy):
+    """Its projector is gone with it."""
+    call(train_stage1, *run_copy, "--steps", 10, "--align-weight", 0)
+    flags = ["train_stage1.py", *run_copy, "--steps", 12, "--align-weight", 0.5]
+    refused(*flags, says=["--align-weight 0.0 -> 0.5"])
 
 
 def test_a_rate_may_be_changed_and_that_is_said_and_logged(run_copy, tmp_path, capsys):

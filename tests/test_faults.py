@@ -138,8 +138,10 @@ def test_killed_runs_equal_the_uninterrupted_one(stage, data, teacher, tmp_path)
         process.communicate()
         if models.checkpoints(out):
             state(out)  # whole, whatever the moment
+    (out / "ckpt-0000015.pt.tmp").touch()  # of a signal's save that was killed: no step to save
     finish(stage, data, out, teacher)
     assert_same_run(tmp_path / "whole", out)
+    assert not list(out.glob("*.tmp"))
 
 
 def test_resume_across_the_end_of_guidance(data, teacher, tmp_path):
