@@ -58,7 +58,7 @@ baseline() {
     samples $D/vanilla/ckpt-000$steps.pt vanilla-steps
 }
 
-echo "The demo takes about 8 minutes on two free cores."
+echo "The demo takes 8 to 12 minutes on two free cores."
 part "Draw 10,000 pictures of ten shapes: 10 seconds"
 unless data/shapes-images/arrow/09999.png python experiments/shapes.py data/shapes-images
 part "Train a small VAE and encode the pictures: about a minute and a half"
