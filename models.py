@@ -255,7 +255,7 @@ def checkpoints(folder) -> list[Path]:
 def load_checkpoint(path, weights="ema") -> tuple[SiT, dict]:
     """(SiT in eval mode on the CPU, with its .name; the file) from our checkpoint, REPA's, theirs.
     `path`: a file, or a run's folder, whose newest it is. Sizes are read off the tensors."""
-    path = next(iter(checkpoints(path)), path)
+    path = next(iter(checkpoints(path)), Path(path, "ckpt-*.pt") if Path(path).is_dir() else path)
     file = load_file(path)
     with reading(f"{path}, as a checkpoint of a SiT,"):
         state = file.get(weights, file.get("state_dict", file))
@@ -392,7 +392,7 @@ def load_file(path) -> dict:
     """torch.load of plain tensors and plain Python, checksums verified; never code."""
     path = Path(path)
     if not path.is_file():
-        what = "a folder, no ckpt-<step>.pt" if path.is_dir() else f"no such file (in {Path.cwd()})"
+        what = "is a directory, not a file" if path.is_dir() else f"no such file (in {Path.cwd()})"
         raise UserError(f"{path}: {what}")
     with reading(path):
         if path.suffix == ".safetensors":

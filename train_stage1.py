@@ -66,7 +66,7 @@ class TrainSettings:
 
 # What may differ when a run is continued; a change of the second line's is printed and logged
 FREE = "data out steps accum compile grad_checkpoint device log_every save_every keep teacher"
-FREE_BUT_SAID = ("lr", "clip", "weight")  # and every ..._weight
+FREE_BUT_SAID = ("lr", "clip", "weight")  # and every ..._weight but one of 0
 
 # ---- Everything random, as a function of (seed, step)
 

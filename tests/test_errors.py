@@ -152,6 +152,7 @@ def test_unwritable_or_bad_vae(refused, tmp_path, vae):
     refused(*flags, "--out", tmp_path / "file" / "o", says=["file/o"])
     for name, says in (("none.bin", "no such file"), ("text.bin", "read"), ("other.pt", "KL auto")):
         refused(*flags, "--vae", tmp_path / name, "--out", tmp_path / "o", says=[name, says])
+    refused(*flags, "--vae", tmp_path, "--out", tmp_path / "o", says=["is a directory, not a file"])
     refused(*flags, "--image-size", 30, "--out", tmp_path / "o", says=["--image-size"])
     refused(*flags, "--workers", -1, "--out", tmp_path / "o", says=["--workers -1"])
 
@@ -159,7 +160,8 @@ def test_unwritable_or_bad_vae(refused, tmp_path, vae):
 def test_a_relative_path_names_the_directory_it_was_looked_for_in(refused, tmp_path):
     refused("sample.py", "--ckpt", "not/there.pt", "--out", tmp_path / "o", says=[os.getcwd()])
     (tmp_path / "young").mkdir()  # a run before its first checkpoint
-    refused("sample.py", "--ckpt", tmp_path / "young", "--out", tmp_path / "o", says=["no ckpt-"])
+    young = ["--ckpt", tmp_path / "young", "--out", tmp_path / "o"]
+    refused("sample.py", *young, says=["young/ckpt-*.pt: no such file"])
 
 
 # ---- flags
