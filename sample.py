@@ -1,80 +1,90 @@
 """Sampling: ODE (Euler, Heun) and SDE (Euler-Maruyama) with classifier-free guidance.
 
-    python sample.py --ckpt out/stage2 --num 100 --cfg 2
+    python sample.py --ckpt out/stage2 --num-images 100 --cfg 2
     torchrun --nproc_per_node=8 sample.py --num-images 50000 --cfg 1.9 --guidance-high 0.65
 
-Writes samples.npz and grid.png. Image i depends on (--seed, i) alone, whatever the batch size and
-the number of processes; a cut-off run continues. (torchrun claims --num, hence --num-images.)
+Writes samples.npz and grid.png; a cut-off run continues. Image i depends on (--seed, i) alone,
+for any number of processes; another --batch-size rounds a few pixels otherwise, by 1 of 255.
 """
 
 import hashlib
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-
-import models
-from models import UserError, say, setting
 
 import numpy as np
 import torch
 from PIL import Image
 
-from vae_latents import chunks_to_do, decode, find_vae, load_vae, shared_array
+import models
+from models import UserError, say, setting
+from vae_latents import Progress, chunks_to_do, decode, find_vae, fingerprint, shared_array
 
 
 @torch.no_grad()
 def sample(model, noise, y, num_classes, steps=250, mode="sde", cfg=1.0, interval=(0, 1), seed=0):
     """Integrate dx = v dt (mode "euler", "heun") or REPA's reverse SDE ("sde") from t = 1 to 0.
     model: SiT or any callable (x, t, y) -> (velocity, ...). noise (N, C, H, W) is x at t = 1, y
-    (N,) int64, `num_classes` the null label. v_u + cfg (v_c - v_u) acts where t is in `interval`;
-    elsewhere only the conditional branch runs. `seed`, for the SDE's noise: one int for each image,
-    or the first's. Returns scaled latents (N, C, H, W) in float64."""
+    (N,) int64, `num_classes` the null label. v_u + cfg (v_c - v_u) where t is in `interval`, else
+    v_c. `seed`, for the SDE's noise: one int for each image, or the first's. Returns scaled
+    latents (N, C, H, W) in float64."""
     x = noise.double()  # the state in float64, the network in its own precision
-    null = torch.full_like(y, num_classes)
     dtype = next(model.parameters()).dtype if isinstance(model, torch.nn.Module) else x.dtype
 
-    def drift(x, t):
-        guided = cfg != 1.0 and interval[0] <= t <= interval[1]
-        x_in = torch.cat([x, x]) if guided else x  # both branches in one batch
-        y_in = torch.cat([y, null]) if guided else y
-        times = torch.full((len(x_in),), t, dtype=dtype, device=x.device)
+    def network(x, t, labels):
+        times = torch.full((len(x),), t, dtype=dtype, device=x.device)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-            v = model(x_in.to(dtype), times, y_in)[0].double()
-        if mode == "sde":
-            score = -((1 - t) * v + x_in) / t
-            v = v - 0.5 * (2 * t) * score  # w(t) = 2 t
-        if guided:
-            v_cond, v_uncond = v.chunk(2)
-            v = v_uncond + cfg * (v_cond - v_uncond)
-        return v
+            return model(x.to(dtype), times, labels)[0].double()
 
-    if mode == "sde":
+    def velocity(x, t):
+        v_cond = network(x, t, y)
+        if cfg == 1.0 or not interval[0] <= t <= interval[1]:
+            return v_cond
+        v_uncond = network(x, t, torch.full_like(y, num_classes))
+        return v_uncond + cfg * (v_cond - v_uncond)
+
+    if mode == "sde":  # Euler-Maruyama: diffusion w(t) = 2 t, drift v - w/2 score
         seeds = seed if isinstance(seed, (list, tuple)) else range(seed, seed + len(x))
         generators = [torch.Generator().manual_seed(s + 1) for s in seeds]
         times = [*torch.linspace(1, 0.04, steps, dtype=torch.float64).tolist(), 0.0]
         for t, t_next in zip(times, times[1:], strict=False):
-            dt = t_next - t
-            x = x + drift(x, t) * dt
+            v, dt = velocity(x, t), t_next - t
+            score = -((1 - t) * v + x) / t
+            x = x + (v - t * score) * dt  # affine in v: a guided velocity is a guided drift
             if t_next > 0:  # the last step is deterministic
                 fresh = [torch.randn(x.shape[1:], generator=g, dtype=x.dtype) for g in generators]
                 x = x + math.sqrt(2 * t * -dt) * torch.stack(fresh).to(x.device)
         return x
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
     for t, t_next in zip(times, times[1:], strict=False):
-        v = drift(x, t)
+        v = velocity(x, t)
         x_next = x + (t_next - t) * v
         if mode == "heun" and t_next > 0:  # at t = 0 there is nothing left to correct with
-            x_next = x + (t_next - t) * 0.5 * (v + drift(x_next, t_next))
+            x_next = x + (t_next - t) * 0.5 * (v + velocity(x_next, t_next))
         x = x_next
     return x
 
 
 def initial_noise(seed, indices, shape):
-    """Noise (n, *shape) and a seed for each image: functions of (seed, index), not of the batch."""
+    """Noise (n, *shape) and a seed for each image, functions of (seed, index) alone."""
     hashes = [hashlib.sha256(f"{seed} {i}".encode()).digest() for i in indices]
-    seeds = [int.from_bytes(h[:4], "little") for h in hashes]
+    seeds = [int.from_bytes(digest[:4], "little") for digest in hashes]
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     return torch.stack([torch.randn(shape, generator=g) for g in generators]), seeds
+
+
+def find_label(word: str, names: list[str]) -> int:
+    """The label that a word of --classes means: a class's name, or the label itself.
+    UserError for a word that means two: "name:7" and "label:7" say which."""
+    found = {}
+    for i, name in enumerate(names):
+        if word in (name, f"name:{name}", str(i), f"label:{i}"):
+            found[i] = name
+    if len(found) != 1:
+        known = f"labels run from 0 to {len(names) - 1}, names from {names[0]} to {names[-1]}"
+        raise UserError(f"--classes {word}: is {found}; name:{word} or label:{word}? {known}")
+    return next(iter(found))
 
 
 def grid(images, columns) -> Image.Image:
@@ -89,67 +99,61 @@ def grid(images, columns) -> Image.Image:
 
 @dataclass
 class Settings:
-    ckpt: str = setting("out/stage2", "a run's folder or a checkpoint: ours, REPA's, the authors'")
-    out: str = setting("out/samples", "folder for samples.npz and grid.png")
-    weights: str = setting("ema", "which of the checkpoint's", choices=["ema", "model"])
-    vae: str | None = setting(None, "VAE to decode with (default: the training latents')")
-    num: int = setting(100, "images in all; the paper: 50000", at_least=1, alias="num-images")
-    classes: str | None = setting(None, "labels or names, with commas (default: all in turn)")
-    mode: str = setting("sde", "the sampler", choices=["euler", "heun", "sde"])
-    steps: int = setting(250, "steps from t = 1 to 0; Heun evaluates twice in each", at_least=1)
-    cfg: float = setting(1.0, "guidance scale; 1: none; the paper's XL/2: 1.9", at_least=1)
-    guidance_low: float = setting(0.0, "guide where t >= this", at_least=0, at_most=1)
-    guidance_high: float = setting(1.0, "and t <= this; the paper: 0.65", at_least=0, at_most=1)
-    batch_size: int = setting(128, "images at once in each process", at_least=1)
-    seed: int = setting(0, "seed of all noise", at_least=0)
-    compile: bool | None = setting(None, "torch.compile (default: on CUDA from 8 batches on)")
-    device: str = setting("auto", "cpu, cuda or cuda:N; auto is cuda where there is one")
+    ckpt: str = "out/stage2"  # a run's folder, or a checkpoint
+    out: str = "out/samples"  # folder for samples.npz and grid.png
+    weights: str = setting("ema", choices=["ema", "model"])  # which of the checkpoint's
+    vae: str | None = None  # VAE to decode with (default: the training latents')
+    num_images: int = setting(100, alias="num")  # images in all; the paper: 50000
+    classes: str | None = None  # names or labels, with commas (default: all)
+    labels: str = setting("balanced", choices=["balanced", "random"])  # classes in turn, drawn
+    mode: str = setting("sde", choices=["euler", "heun", "sde"])  # the sampler
+    steps: int = 250  # steps from t = 1 to 0; Heun evaluates twice in each
+    cfg: float = setting(1.0, at_least=1)  # guidance scale; 1: none; the paper's XL/2: 1.9
+    guidance_low: float = setting(0.0, at_least=0, at_most=1)  # guide where t >= this
+    guidance_high: float = setting(1.0, at_least=0, at_most=1)  # and t <= this; the paper: 0.65
+    batch_size: int = 128  # images at once in each process
+    seed: int = setting(0, at_least=0)  # seed of all noise
+    compile: bool = False  # torch.compile: it pays from 8 batches on a card on
+    device: str = "auto"  # cpu, cuda or cuda:N; auto is cuda where there is one
 
 
 def main():
     args = models.parse_settings(Settings, __doc__)
     if args.guidance_low > args.guidance_high:
         raise UserError("--guidance-low and --guidance-high must satisfy low <= high")
-    model, file = models.load_checkpoint(args.ckpt, args.weights)
-    meta = file.get("meta")
-    names = meta["classes"] if meta else [str(label) for label in range(model.num_classes)]
-    known = {key: i for i, name in enumerate(names) for key in (str(i), name)}
-    wanted = args.classes.split(",") if args.classes else names
-    if set(wanted) - known.keys():
-        labels = f"labels run from 0 to {len(names) - 1}, names from {names[0]} to {names[-1]}"
-        raise UserError(f"--classes {args.classes}: not all are classes; {labels}")
-    labels = [known[name] for name in wanted]
-    if not meta and not args.vae:
-        raise UserError("--vae: the checkpoint does not say whose latents it makes; name the file")
-    vae = find_vae(args.vae, meta, file["args"]["data"]) if meta else load_vae(args.vae)
-    if vae.latent_channels != model.in_channels:
-        raise UserError(f"--vae: has {vae.latent_channels} channels, not {model.in_channels}")
-
-    # What the images depend on: what was made with anything else is not taken over
+    model, saved = models.load_checkpoint(args.ckpt, args.weights, args.cfg != 1 and "--cfg")
+    vae, names = find_vae(args.vae, saved["meta"]), saved["meta"]["classes"]
+    classes, turns = list(range(len(names))), np.arange(args.num_images)
+    if args.classes:
+        words = args.classes.split(",")
+        if args.classes.removeprefix("name:") in names:  # a name, with commas perhaps
+            if len(words) > 1 and {*words} <= {*names, *map(str, classes)}:
+                raise UserError(f"--classes {args.classes}: say name:... or label:... of each")
+            words = [args.classes]
+        classes = [find_label(word, names) for word in words]
+    if args.labels == "random":
+        turns = np.random.default_rng(args.seed).integers(2**63, size=args.num_images)
+    y = torch.tensor(classes)[turns % len(classes)]
     how = (args.steps, args.mode, args.cfg, (args.guidance_low, args.guidance_high))
-    recipe = [how, args.num, args.seed, labels, vae.identity()]
-    tag = models.fingerprint(*recipe, *model.state_dict().values())[:12]
+    recipe = [how, args.num_images, args.seed, y, vae.identity()]  # with the network: all that
+    tag = fingerprint(*recipe, *model.state_dict().values())[:12]  # the images depend on
     device, rank, world = models.setup(args.device)
-    models.agree(settings=tag, batch_size=args.batch_size)
     out, samples = Path(args.out), Path(args.out) / "samples.npz"
     held = models.lock(out) if rank == 0 else None  # noqa: F841 (until main returns)
     if samples.exists():
-        with models.reading(samples), np.load(samples) as old:
-            if "tag" not in old or old["tag"].item() != tag:
+        with models.reading(samples, "no samples of ours; choose another --out"):
+            if np.load(samples)["tag"].item() != tag:
                 raise UserError(f"{samples}: holds other samples; choose another --out")
         return say(f"{samples}: is complete already, nothing to do")
-
     model, vae = model.to(device), vae.to(device, memory_format=torch.channels_last)
-    pays = device.type == "cuda" and args.num >= 8 * args.batch_size * world
-    network = torch.compile(model) if (pays if args.compile is None else args.compile) else model
-    y = torch.tensor([labels[i % len(labels)] for i in range(args.num)])
+    network = torch.compile(model) if args.compile else model
     shape = (model.in_channels, model.input_size, model.input_size)
-    side = model.input_size * 2 ** (len(vae.channels) - 1)
+    side = model.input_size * vae.factor
     parts = [out / f"{name}-{tag}.part.npy" for name in ("images", "done")]
-    images = shared_array(parts[0], (args.num, side, side, 3), np.uint8, rank)
-    done = shared_array(parts[1], (args.num,), np.uint8, rank)
+    images = shared_array(parts[0], (args.num_images, side, side, 3), np.uint8, rank)
+    done = shared_array(parts[1], (args.num_images,), np.uint8, rank)
     todo, made = chunks_to_do(done, args.batch_size, rank, world), 0
-    progress = models.Progress("sampled", sum(map(len, todo)), world)
+    progress = Progress("sampled", sum(map(len, todo)), world)
     for rows in todo:
         noise, seeds = initial_noise(args.seed, rows, shape)
         inputs = noise.to(device), y[rows].to(device), model.num_classes
@@ -160,15 +164,15 @@ def main():
         progress(made)
     models.gather(None)  # rank 0 waits for the others
     if rank == 0:
-        columns = len(labels) if len(labels) <= 40 else 10
-        with models.atomic_write(out / "grid.png") as f:
-            grid(images[: 10 * columns], min(columns, args.num)).save(f, format="PNG")
-        with models.atomic_write(samples) as f:  # streamed from the disk
-            np.savez(f, arr_0=images, labels=y.numpy(), tag=np.array(tag))
+        columns = min(len(classes) if len(classes) <= 40 else 10, args.num_images)
+        with models.atomic_write(out / "grid.png") as file:
+            grid(images[: 10 * columns], columns).save(file, format="PNG")
+        with models.atomic_write(samples) as file:  # streamed from the disk
+            np.savez(file, arr_0=images, labels=y, tag=tag, settings=json.dumps(vars(args)))
         for part in parts:
             part.unlink()
-        shown = ", ".join(names[label] for label in labels) if columns == len(labels) else "mixed"
-        say(f"{samples}: {args.num} images of {side} px; look at {out}/grid.png, columns: {shown}")
+        first_row = ", ".join(names[label] for label in y[:columns])
+        say(f"{samples}: {args.num_images} images; {out}/grid.png begins with {first_row}")
 
 
 if __name__ == "__main__":

@@ -1,60 +1,54 @@
 """Stage 2: train a new SiT whose middle block regresses the teacher's guided features.
 
-    torchrun --nproc_per_node=8 train_stage2.py               # out/teacher/teacher.pt -> out/stage2
+    torchrun --nproc_per_node=8 train_stage2.py         # out/teacher/teacher.pt -> out/stage2
 
-L = L_diff + 0.5 L_guide for the first 100,000 steps, then L_diff (Self-Transcendence, arXiv
-2601.07773). L_guide = mean over tokens and channels of (P2(h_ds) - f_g)^2 where 0.4 <= t <= 0.7,
-zero elsewhere, mean over the batch. Everything else is train_stage1.py's loop.
+L = L_diff + 0.5 L_guide in the first 100,000 steps, then L_diff (arXiv 2601.07773). L_guide =
+mean over tokens, channels and the batch of (P2(h_ds) - f_g)^2, zero outside 0.4 <= t <= 0.7.
 """
 
 from dataclasses import dataclass
 
 import models
-from models import Projector, UserError, say, setting
-
 from build_teacher import guided_features, load_teacher
+from models import Projector, UserError, setting, warn
 from train_stage1 import Auxiliary, TrainSettings, train
+from vae_latents import fingerprint
 
 
 @dataclass
 class Settings(TrainSettings):
-    out: str = setting("out/stage2", "folder of the run: checkpoints and log.jsonl")
-    seed: int = setting(1, "not stage 1's: a new initialisation", at_least=0, at_most=2**63 - 1)
-    teacher: str = setting("out/teacher/teacher.pt", "from build_teacher.py")
-    guide_weight: float = setting(0.5, "weight of L_guide (as released: 0.15)", above=0)
-    guide_depth: int | None = setting(None, "the student's block ds (default: by size)", at_least=1)
-    guide_scale: float | None = setting(None, "s in f_g (default: the teacher file's)", at_least=1)
-    guide_steps: int = setting(100_000, "guidance ends after this step", at_least=0)
-    other_names: bool = setting(False, "take a teacher whose classes have other names all the same")
+    out: str = "out/stage2"  # folder of the run: checkpoints and log.jsonl
+    seed: int = setting(1, at_least=0, at_most=2**63 - 1)  # not stage 1's: a new initialisation
+    teacher: str = "out/teacher/teacher.pt"  # from build_teacher.py
+    guide_weight: float = setting(0.5, above=0)  # weight of L_guide (as released: 0.15)
+    guide_depth: int | None = None  # student's block ds (default: by size)
+    guide_scale: float | None = setting(None, at_least=1)  # s in f_g (default: the teacher's)
+    guide_steps: int = setting(100_000, at_least=0)  # guidance ends after this step
 
 
 class Guidance(Auxiliary):
-    """Stage 2: P2 regresses f_g. The teacher hears the true label, whatever the student is told."""
+    """Stage 2: P2 regresses f_g. The teacher hears the true label, whatever the student does."""
 
     name = "guide"
 
     def prepare(self, folder, device):
-        args = self.args
-        teacher, file = load_teacher(args.teacher)
-        self.s = file["scale"] if args.guide_scale is None else args.guide_scale
-        (size, patch), data, meta = models.parse_name(args.model), file.get("data", {}), folder.meta
-        theirs = {"vae": data.get("vae", {}).get("identity"), "classes": teacher.num_classes}
-        theirs.update(patch=teacher.patch, channels=teacher.in_channels, side=teacher.input_size)
-        ours = {"vae": meta["vae"].get("identity"), "classes": len(meta["classes"]), "patch": patch}
-        ours.update(channels=meta["channels"], side=meta["height"])
-        for what in theirs:
-            if theirs[what] != ours[what] and None not in (theirs[what], ours[what]):
-                problem = f"its {what}: {theirs[what]}, the student's: {ours[what]}"
-                raise UserError(f"--teacher {args.teacher}: {problem}")
-        if data.get("classes", meta["classes"]) != meta["classes"] and not args.other_names:
-            raise UserError(f"--teacher {args.teacher}: its classes are others; see --other-names")
-        source_depth = file["source"].get("depth", teacher.depth)  # before it was cut
-        if self.depth / size.depth >= teacher.depth / source_depth:
-            ours, theirs = f"{self.depth} of {size.depth}", f"{teacher.depth} of {source_depth}"
-            say(f"warning: --guide-depth: {ours} is no shallower than the teacher's {theirs}")
-        self.identity = models.fingerprint(self.s, *teacher.state_dict().values())
+        args, (size, patch) = self.args, models.parse_name(self.args.model)
+        teacher, saved = load_teacher(args.teacher)
+        whole = models.parse_name(saved["args"]["model"])[0]
+        theirs, ours = dict(saved["meta"]), dict(folder.meta)
+        theirs.update(patch=teacher.patch, vae=theirs["vae"].get("identity"))
+        ours.update(patch=patch, vae=ours["vae"].get("identity"))
+        for what in ("patch", "vae", "channels", "height", "scale", "classes", "identity"):
+            if theirs[what] not in (None, ours[what]):
+                wrong = f"--teacher {args.teacher}: {what} {theirs[what]}, not {ours[what]}"
+                raise UserError(wrong[:300])
+        if self.depth / size.depth >= teacher.depth / whole.depth:
+            blocks = f"{self.depth} of {size.depth} is no shallower than the teacher's"
+            warn(f"--guide-depth: {blocks} {teacher.depth} of {whole.depth}")
+        self.s = saved["scale"] if args.guide_scale is None else args.guide_scale
+        self.identity = fingerprint(self.s, *teacher.state_dict().values())
         self.teacher = teacher.to(device)
-        if args.compile or (args.compile is None and device.type == "cuda"):
+        if args.compile:
             self.teacher.compile(dynamic=False)
 
     def projector(self, model):

@@ -1,33 +1,38 @@
 """Images -> VAE latents: the KL autoencoder, its weights, and the folder that training reads.
 
-    python vae_latents.py --images DIR --vae sd-vae-ft-ema.bin --out data/imagenet256
+    python vae_latents.py --images DIR --vae data/sd-vae.pt --out data/imagenet256
 
-DIR/<class>/**/*.jpg. The processes of one machine (torchrun) share the work; the same command again
-continues. (Small images: experiments/small_vae.py.) The folder: moments.npy (N, 2C, H, W) float16,
-the posterior's mean, then its std; labels.npy (N,) int64; files.json, the images; meta.json.
+The same command again continues; torchrun shares the work. The folder: moments.npy, whose first N
+rows (2C, H, W) are the posterior's mean, then its std; labels.npy (N,); files.json; meta.json.
 """
 
-import functools
+import contextlib
+import hashlib
 import json
 import os
+import time
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-
-import models
-from models import UserError, say, setting
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
-from torchvision.datasets import ImageFolder
+from PIL import ExifTags, Image, PngImagePlugin
+from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-FORMAT = 1  # of the latent folder
+import models
+from models import UserError, say, setting, warn
 
-# ---- The KL autoencoder of latent diffusion (Rombach et al. 2022, arXiv 2112.10752). Names of the
-# tensors are those of diffusers.
+FORMAT = 1  # of the latent folder
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # or a large colour profile would cost the picture
+TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+TURNS = dict(enumerate(TURNS.split(), 2))  # what brings EXIF's orientations 2 to 8 upright
+
+# ---- The KL autoencoder of latent diffusion (Rombach et al. 2022, arXiv 2112.10752); the names
+# of its tensors are those of diffusers
 
 
 class ResnetBlock(nn.Module):
@@ -37,9 +42,8 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = None
-        if in_channels != out_channels:
-            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        same = in_channels == out_channels
+        self.conv_shortcut = None if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -62,34 +66,31 @@ class AttentionBlock(nn.Module):
         return x + self.to_out[0](h)[:, 0].transpose(1, 2).reshape(x.shape)
 
 
-class Resample(nn.ModuleDict):
+def resample(channels, direction) -> nn.Module:
     """Half the resolution ("down") or twice ("up")."""
-
-    def __init__(self, channels, direction):
-        self.down = direction == "down"
-        stride, padding = (2, 0) if self.down else (1, 1)
-        super().__init__({"conv": nn.Conv2d(channels, channels, 3, stride, padding)})
-
-    def forward(self, x):
-        if self.down:  # padded right and below alone, as the published weights expect
-            return self["conv"](F.pad(x, (0, 1, 0, 1)))
-        return self["conv"](F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    if direction == "down":  # padded right and below alone, as the published weights expect
+        resize, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2)
+    else:
+        resize, conv = nn.Upsample(scale_factor=2), nn.Conv2d(channels, channels, 3, padding=1)
+    return nn.Sequential(OrderedDict(resize=resize, conv=conv))
 
 
 class Coder(nn.Module):
-    """The encoder ("down") or decoder ("up"); `channels` of its stages in the order they run."""
+    """The encoder ("down") or decoder ("up"); `channels` of the stages in the order they run."""
 
     def __init__(self, in_channels, out_channels, channels, layers, groups, direction):
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
-        stages = nn.ModuleList()
-        for i, (before, width) in enumerate(zip((channels[0], *channels), channels, strict=False)):
-            widths = [before] + [width] * layers
-            pairs = zip(widths, widths[1:], strict=False)
-            stage = {"resnets": nn.ModuleList(ResnetBlock(a, b, groups) for a, b in pairs)}
+        stages, before = nn.ModuleList(), channels[0]
+        for i, width in enumerate(channels):
+            resnets = nn.ModuleList()
+            for _ in range(layers):
+                resnets.append(ResnetBlock(before, width, groups))
+                before = width
+            stage = nn.ModuleDict({"resnets": resnets})
             if i < len(channels) - 1:
-                stage[f"{direction}samplers"] = nn.ModuleList([Resample(width, direction)])
-            stages.append(nn.ModuleDict(stage))
+                stage[f"{direction}samplers"] = nn.ModuleList([resample(width, direction)])
+            stages.append(stage)
         self.add_module(f"{direction}_blocks", stages)
         inner = channels[-1] if direction == "down" else channels[0]
         resnets = nn.ModuleList(ResnetBlock(inner, inner, groups) for _ in range(2))
@@ -109,29 +110,39 @@ class Coder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Images (N, 3, S, S) in [-1, 1] <-> latents (N, C, S/f, S/f), f = 2 ** (stages - 1).
-    `scale` brings latents to unit variance: the diffusion's x0 = scale * (mean + std * eps)."""
+    """Images (N, 3, S, S) in [-1, 1] <-> latents (N, C, S/f, S/f), f = 2 ** (stages - 1)."""
 
-    def __init__(self, channels=(128, 256, 512, 512), latent_channels=4, layers=2, scale=0.18215):
+    def __init__(self, channels=(128, 256, 512, 512), latent_channels=4, layers=2, scale=1.0):
         super().__init__()
         groups = min(32, channels[0] // 4)
-        self.channels, self.latent_channels, self.scale = tuple(channels), latent_channels, scale
-        self.encoder = Coder(3, 2 * latent_channels, self.channels, layers, groups, "down")
-        self.decoder = Coder(latent_channels, 3, self.channels[::-1], layers + 1, groups, "up")
+        self.latent_channels = latent_channels
+        self.scale = scale  # x0 = scale * (mean + std * eps) has unit variance
+        self.factor = 2 ** (len(channels) - 1)  # of an image's side to its latent's
+        self.encoder = Coder(3, 2 * latent_channels, channels, layers, groups, "down")
+        self.decoder = Coder(latent_channels, 3, channels[::-1], layers + 1, groups, "up")
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
 
     def encode(self, images):
-        """Images in [-1, 1] -> (mean, std) of the posterior, each (N, C, S/f, S/f), unscaled."""
+        """Images in [-1, 1] -> (mean, std) of the posterior, (N, C, S/f, S/f), unscaled."""
         mean, logvar = self.quant_conv(self.encoder(images)).float().chunk(2, dim=1)
         return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
 
     def decode(self, latents):
-        """Unscaled latents (x0 / scale) -> images (N, 3, S, S), in [-1, 1] but for overshoot."""
+        """Unscaled latents (x0 / scale) -> images (N, 3, S, S), about in [-1, 1]."""
         return self.decoder(self.post_quant_conv(latents))
 
     def identity(self) -> str:
-        return models.fingerprint(self.scale, *self.state_dict().values())
+        return fingerprint(self.scale, *self.state_dict().values())
+
+
+def fingerprint(*items) -> str:
+    """sha256 of tensors, arrays and plain values: the same content has the same hash."""
+    digest = hashlib.sha256()
+    for item in items:
+        is_array = isinstance(item, (torch.Tensor, np.ndarray))
+        digest.update(np.asarray(item).tobytes() if is_array else repr(item).encode())
+    return digest.hexdigest()
 
 
 @torch.no_grad()
@@ -153,53 +164,62 @@ def from_uint8(images) -> torch.Tensor:
 
 
 def load_vae(path) -> AutoencoderKL:
-    """An AutoencoderKL in eval mode from a file with diffusers' names; the shapes tell its size."""
-    file = models.load_file(path)
-    state = file.get("state_dict", file.get("model", file))
-    # diffusers' old names of the attention; those of CompVis: experiments/convert_vae.py
-    old = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-    with models.reading(f"{path}, as a KL autoencoder like Stable Diffusion's,"):
-        for before, now in old.items():
-            state = {key.replace(before, now): value for key, value in state.items()}
-        down = [key.split(".") for key in state if key.startswith("encoder.down_blocks.")]
-        layers = 1 + max(int(key[4]) for key in down if key[3] == "resnets")
-        names = [f"encoder.down_blocks.{i}.resnets.0.conv1.weight" for i in range(len(down))]
-        channels = [state[name].shape[0] for name in names if name in state]
-        latent_channels = state["quant_conv.weight"].shape[0] // 2
-        vae = AutoencoderKL(channels, latent_channels, layers, file.get("scale", 0.18215))
+    """An AutoencoderKL in eval mode from a file of {"model": tensors, "scale": number}."""
+    problem = f"no KL autoencoder for --vae: python experiments/convert_vae.py {path} OUT"
+    with models.reading(path, problem):
+        saved = models.load_file(path, problem)
+        scale, state = float(saved["scale"]), saved["model"]  # a scale is never assumed
+        convs = [key for key in sorted(state) if key.startswith("encoder.down")]
+        convs = [key for key in convs if key.endswith("conv1.weight")]  # one of each ResnetBlock
+        channels = [len(state[key]) for key in convs if ".resnets.0." in key]  # of its stages
+        latent_channels = len(state["quant_conv.bias"]) // 2
+        vae = AutoencoderKL(channels, latent_channels, len(convs) // len(channels), scale)
         vae.load_state_dict(state)
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"its scale is {scale}")
     return vae.eval()
 
 
-def find_vae(given, meta, data) -> AutoencoderKL:
-    """The VAE to decode with: `given` if any, else the one that encoded the latent folder."""
-    path = given or Path(data) / meta["vae"]["path"]
-    vae = load_vae(path)
-    if not given and vae.identity() != meta["vae"].get("identity", vae.identity()):
-        raise UserError(f"{path}: is not the VAE that made {data}; bring it back or give --vae")
+def find_vae(given, meta) -> AutoencoderKL:
+    """The VAE to decode with: `given`, or else the one that encoded the latents of `meta`."""
+    path = given or meta["vae"]["path"]
+    vae, other = load_vae(path), f"{path}: is not the VAE that made the latents"
+    fits = (vae.latent_channels, vae.scale) == (meta["channels"], meta["scale"])
+    same = meta["vae"].get("identity") in (None, vae.identity())
+    if not fits or not (same or given):
+        raise UserError(f"{other}; give that one as --vae")
+    if not same:
+        warn(other)  # --vae insists
     return vae
 
 
+# ---- Image files
+
+
 def open_image(path, size=None) -> np.ndarray:
-    """Any image file as RGB (H, W, 3) uint8, upright; with `size`, its centre (size, size, 3).
-    16-bit grey is scaled, transparency laid on white. The crop is ADM's (Dhariwal & Nichol 2021):
-    halve by boxes while twice too large, bicubic to the short side, cut the middle."""
+    """Any image file as RGB (H, W, 3) uint8, upright; with `size`, its centre (size, size, 3),
+    cut as ADM does it (Dhariwal & Nichol 2021)."""
     if not Path(path).is_file():  # a pipe would be waited for
         raise ValueError("not a regular file")
     with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            grey = np.asarray(image).astype(np.float64) / 257
-            image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-        if "A" in image.mode or "transparency" in image.info:
+        image.load()
+        with contextlib.suppress(Exception):  # what is in the metadata never costs a picture
+            turn = TURNS[image.getexif()[ExifTags.Base.Orientation]]  # KeyError: it is upright
+            image = image.transpose(Image.Transpose[turn])
+        if image.mode in ("I", "F"):  # 32 bits: which of their numbers is white?
+            raise ValueError("has pixels of 32 bits; save it with 8 or 16")
+        if image.mode.startswith("I;16"):
+            grey = np.asarray(image).astype(np.float64) / 257  # 65535 is white
+            image = Image.fromarray(grey.round().astype(np.uint8))
+        if "A" in image.mode or "transparency" in image.info:  # laid on white
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
     if size is None:
         return np.asarray(image)
     if max(image.size) > 100 * min(image.size):
-        raise ValueError(f"{image.width} x {image.height} pixels have no centre to speak of")
-    while min(image.size) >= 2 * size:
+        raise ValueError(f"{image.width} x {image.height} pixels have no centre")
+    while min(image.size) >= 2 * size:  # halved by boxes, then bicubic to the short side
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
     shape = round(image.width * scale), round(image.height * scale)
@@ -207,73 +227,105 @@ def open_image(path, size=None) -> np.ndarray:
     return np.asarray(image.resize(shape, Image.BICUBIC))[top : top + size, left : left + size]
 
 
-def try_open(path, size):
-    """The image, or in words what was wrong with it: Pillow's errors have many types."""
-    try:
-        return open_image(path, size)
-    except Exception as error:
-        return f"{path} ({type(error).__name__}: {error})"
+def image_files(folder, seen: set, left_out: list) -> list[str]:
+    """The image files below `folder`, by folder and name; all others go to `left_out`."""
+    files = []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        real = os.path.realpath(entry.path)
+        kind = os.path.isdir(real) or entry.name.lower().endswith(IMG_EXTENSIONS)
+        if not kind or entry.name.startswith(".") or real in seen or not os.path.exists(real):
+            left_out.append(entry.path)
+            continue
+        seen.add(real)  # each file counts once, whatever links to it
+        files += image_files(entry.path, seen, left_out) if entry.is_dir() else [entry.path]
+    return sorted(files, key=os.path.split)
 
 
-def list_images(root, size) -> ImageFolder:
-    """torchvision's ImageFolder of DIR/<class>/**, giving (image or what was wrong, label)."""
-    try:
-        images = ImageFolder(root, loader=functools.partial(try_open, size=size))
-    except OSError as error:  # no such folder, none in it, or one without images
-        raise UserError(f"--images {root}: {error}; it must hold one folder a class") from error
-    folders = {os.path.dirname(path) for path, _ in images.samples}
-    if len({os.path.realpath(folder) for folder in folders}) < len(folders):
-        raise UserError(f"--images {root}: a link back makes some of its images count twice")
-    others = sum(len(files) for _, _, files in os.walk(root, followlinks=True)) - len(images)
-    names = f"{len(images.classes)} classes ({', '.join(images.classes[:10])})"
-    say(f"{len(images)} images of {names}; {others} other files, not {' '.join(IMG_EXTENSIONS)}")
-    if {"train", "val", "test", "__MACOSX"} & set(images.classes):
-        say("warning: a class is named like a part of a data set; is --images the right folder?")
-    return images
+class Images(Dataset):
+    """DIR/<class>/**. Item i: (pixels (size, size, 3) uint8, ""), or (None, what is wrong)."""
+
+    def __init__(self, root, size):
+        self.size = size
+        inside = sorted(os.listdir(root)) if os.path.isdir(root) else []
+        folders = [name for name in inside if os.path.isdir(os.path.join(root, name))]
+        self.classes = [name for name in folders if not name.startswith(".")]
+        seen, left_out = {os.path.realpath(root)}, []
+        found = [image_files(os.path.join(root, name), seen, left_out) for name in self.classes]
+        self.files = [file for files in found for file in files]
+        self.labels = [label for label, files in enumerate(found) for _ in files]
+        if not found or not all(found):
+            empty = [name for name, files in zip(self.classes, found, strict=True) if not files]
+            raise UserError(f"--images {root}: one folder a class is needed; empty are {empty}")
+        names = f"{len(self.classes)} classes ({', '.join(self.classes[:10])})"
+        others = f"{len(inside) - len(self.classes)} beside them, {len(left_out)} in them"
+        say(f"{len(self.files)} images of {names}; left out (hidden, double, other): {others}")
+        splits = "train training val valid validation test testing images __macosx".split()
+        if len(self.classes) == 1 or any(name.lower() in splits for name in self.classes):
+            warn(f"--images {root}: is each of its folders a class? It has {names}")
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        try:
+            return open_image(self.files[i], self.size), ""
+        except Exception as error:  # Pillow's have many types
+            return None, f"{self.files[i]} ({type(error).__name__}: {error})"
+
+
+# ---- The latent folder
 
 
 class LatentFolder:
-    """A complete folder: .meta (dict), .labels (N,) int64, .moments (N, 2C, H, W) float16 map."""
+    """A complete folder: .meta (dict), .labels (N,) int64, .moments (N, 2C, H, W) float16 map.
+    .meta["identity"] hashes the content: other pictures are other data, another path is not."""
 
     def __init__(self, path):
         self.path = path = Path(path)
         if not (path / "meta.json").is_file():
-            if list(path.glob("*.part.npy")):
-                raise UserError(f"{path}: its encoding was cut off; run vae_latents.py again")
-            raise UserError(f"{path}: no latents there; make them with vae_latents.py --out {path}")
-        with models.reading(f"{path}, as a latent folder (if it is damaged, encode it again),"):
+            raise UserError(f"{path}: no latents, or cut off ones: vae_latents.py --out {path}")
+        with models.reading(path, "no whole latent folder; encode it again"):
             self.meta = meta = json.loads((path / "meta.json").read_text())
-            if meta["format"] != FORMAT:
-                raise UserError(f"{path}: format {meta['format']}, not {FORMAT}; encode it again")
-            self.labels = torch.from_numpy(np.load(path / "labels.npy"))
-            file = path / "moments.npy"
-            self.moments = np.load(file, mmap_mode="r")  # "r+" would fill up a file that was cut
-            if os.access(file, os.W_OK):  # else torch warns; "c" would count against the memory
-                self.moments = np.load(file, mmap_mode="r+")
-            N, classes = meta["num_images"], len(meta["classes"])
-            self.shape = meta["channels"], meta["height"], meta["width"]  # of one latent
-            found, wanted = self.moments.shape, (N, 2 * self.shape[0], *self.shape[1:])
-            if found != wanted or self.moments.dtype != np.float16:
-                raise ValueError(f"moments.npy is {self.moments.dtype} {found}, not {wanted}")
-            low, high = self.labels.min(), self.labels.max()
-            if self.labels.shape != (N,) or low < 0 or high >= classes or not meta["scale"] > 0:
-                raise ValueError(f"{len(self.labels)} labels from {low} to {high}, {N} images")
-            for row in range(0, N, max(1, N // 4096)):  # every row of a small folder
-                if not np.isfinite(self.moments[row]).all():
-                    raise ValueError(f"moments.npy: image {row} holds NaN or infinity")
+            labels = np.load(path / "labels.npy").astype(np.int64, casting="safe")
+            self.labels, N = torch.from_numpy(labels), meta["num_images"]
+            self.moments = np.load(path / "moments.npy", mmap_mode="r")[:N]
+            C, H, W = self.shape = meta["channels"], meta["height"], meta["width"]
+            found = self.moments.dtype, self.moments.shape, labels.shape
+            if found != (np.float16, (N, 2 * C, H, W), (N,)):
+                raise ValueError(f"moments.npy and labels.npy are {found}")
+            if labels.min() < 0 or labels.max() >= len(meta["classes"]):
+                raise ValueError(f"has labels from {labels.min()} to {labels.max()}")
+            if meta["format"] != FORMAT or not 0 < meta["scale"] < float("inf"):
+                raise ValueError(f"format {meta['format']}, scale {meta['scale']}")
+            some = self.moments[np.linspace(0, N - 1, min(N, 64)).astype(int)]
+            meta["identity"] = fingerprint(self.labels, meta["classes"], meta["scale"], some)
 
     def __len__(self):
         return len(self.labels)
 
-    @functools.cached_property
-    def files(self) -> np.ndarray:
-        names = json.loads((self.path / "files.json").read_text())
-        return np.array([os.path.join(self.meta["source"], name) for name in names])
+    def read(self, indices) -> tuple[torch.Tensor, torch.Tensor]:
+        """(Moments (n, 2C, H, W) float16, labels (n,) int64) of images, ready for a GPU."""
+        moments = torch.from_numpy(self.moments[indices.numpy()])
+        moments = moments.pin_memory() if torch.cuda.is_available() else moments
+        return moments, self.labels[indices]
 
-    def images(self, rows) -> np.ndarray:
-        """The cropped source images (n, S, S, 3) uint8, read from where they were encoded."""
-        with models.reading(f"{self.path}: its images"):
-            return np.stack([open_image(f, self.meta["image_size"]) for f in self.files[rows]])
+
+# ---- Long work that processes share and a killed run goes on with
+
+
+class Progress:
+    """Say how far long work has come: with its first piece, every 5 seconds, and at its end."""
+
+    def __init__(self, what, total, world=1):
+        self.what, self.total, self.world = what, total, world
+        self.start, self.shown = time.time(), 0.0
+
+    def __call__(self, done, more=""):
+        now = time.time()
+        if now > self.shown + 5 or done == self.total:
+            self.shown, rate = now, done / (now - self.start + 1e-9)
+            far = f"{self.what} {done * self.world}/{self.total * self.world}  {more}"
+            say(f"{far}  {rate * self.world:.1f}/s  {(self.total - done) / rate:.0f} s left")
 
 
 def shared_array(path, shape, dtype, rank) -> np.ndarray:
@@ -286,7 +338,7 @@ def shared_array(path, shape, dtype, rank) -> np.ndarray:
                 os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
         os.replace(temporary, path)
     models.gather(None)  # the others wait
-    with models.reading(f"{path}: remove it and run the same again; it"):
+    with models.reading(path, "is damaged; remove it and run the same again"):
         return np.load(path, mmap_mode="r+")
 
 
@@ -296,85 +348,107 @@ def chunks_to_do(done, size, rank, world) -> list[np.ndarray]:
     return [rows for rows in chunks[rank::world] if not done[rows].all()]
 
 
+# ---- Encoding
+
+DONE, UNREADABLE = 1, 2  # what has become of an image; 0 is to do
+
+
 @dataclass
 class Settings:
-    images: str | None = setting(None, "DIR/<class>/**/*.jpg")
-    vae: str | None = setting(None, "Stable Diffusion's VAE, or experiments/small_vae.py's")
-    out: str = setting("data/imagenet256", "folder to make")
-    image_size: int = setting(256, "side in pixels after the crop, a multiple of 8", at_least=8)
-    batch_size: int = setting(64, "images encoded at once", at_least=1)
-    workers: int | None = setting(None, "decoding processes (default: by cores)", at_least=0)
-    device: str = setting("auto", "cpu, cuda or cuda:N; auto is cuda where there is one")
+    images: str | None = None  # DIR, with DIR/<class>/**/*.jpg
+    vae: str | None = None  # from experiments/convert_vae.py, or small_vae.py for small images
+    out: str = "data/imagenet256"  # folder to make
+    image_size: int = setting(256, at_least=8)  # side in pixels after the crop, a multiple of 8
+    batch_size: int = 64  # images encoded at once
+    device: str = "auto"  # cpu, cuda or cuda:N; auto is cuda where there is one
 
 
-def encode(args, images, vae, todo, device, world):
-    """Yield (rows, moments (n, 2C, H, W), what was wrong with the images: []) of chunks of rows."""
+@torch.no_grad()
+def encode(images, vae, moments, done, batch, rank, world):
+    """Fill `moments` and `done` chunk by chunk; the VAE runs in float32 (TF32 on a card)."""
+    device, todo = next(vae.parameters()).device, chunks_to_do(done, batch, rank, world)
     workers = min(8, os.cpu_count() // world) if device.type == "cuda" else 0
-    workers = workers if args.workers is None else args.workers
-    options = {"num_workers": workers, "collate_fn": list}
-    loader = torch.utils.data.DataLoader(images, batch_sampler=todo, **options)
-    progress, done = models.Progress("encoded", sum(map(len, todo)), world), 0
+    loader = DataLoader(images, batch_sampler=todo, num_workers=workers, collate_fn=list)
+    progress, count = Progress("encoded", sum(map(len, todo)), world), 0
     for rows, items in zip(todo, loader, strict=True):
-        bad, moments = [image for image, _ in items if isinstance(image, str)], None
-        if not bad:
-            pixels = from_uint8(np.stack([image for image, _ in items])).to(device)
-            with torch.no_grad():  # in float32 (TF32 on CUDA): it is done once
-                moments = torch.cat(vae.encode(pixels), dim=1).half().cpu()
-            if not moments.isfinite().all():
-                raise UserError(f"--vae: latents near {images.samples[rows[0]][0]} are not finite")
-        yield rows, moments, bad
-        done += len(rows)
-        progress(done)
+        readable = np.array([pixels is not None for pixels, _ in items])
+        if readable.any():
+            pixels = np.stack([pixels for pixels, _ in items if pixels is not None])
+            latents = torch.cat(vae.encode(from_uint8(pixels).to(device)), dim=1).half().cpu()
+            if not latents.isfinite().all():
+                raise UserError(f"--vae: latents near {images.files[rows[0]]} are not finite")
+            moments[rows[readable]] = latents
+            moments.flush()
+        done[rows] = np.where(readable, DONE, UNREADABLE)  # when the rows are on disk
+        count += len(rows)
+        progress(count)
+
+
+def finish(images, vae, moments, done, meta, out):
+    """Make it a latent folder: list and leave out unreadable images; meta.json comes last."""
+    kept, unreadable = np.flatnonzero(done == DONE), np.flatnonzero(done == UNREADABLE)
+    if len(unreadable):
+        reasons = [images[i][1] for i in unreadable]
+        with models.atomic_write(out / "unreadable.txt") as file:
+            file.write("\n".join(reasons).encode(errors="surrogateescape"))
+        seen = f"{len(reasons)} images cannot be read, see {out}/unreadable.txt: {reasons[:5]}"
+        for label in set(images.labels) - {images.labels[i] for i in kept}:
+            raise UserError(f"none is left of the class {images.classes[label]}: {seen}")
+        warn(f"left out: {seen}")
+        holes = unreadable[unreadable < len(kept)]
+        last = kept[kept >= len(kept)]  # they fill the holes; what lies behind counts no more
+        moments[holes] = moments[last]
+        moments.flush()
+        kept = np.arange(len(kept))
+        kept[holes] = last  # row i is image kept[i]
+    mean, std = np.split(moments[: len(kept) : 1 + len(kept) // 4096].astype(float), 2, axis=1)
+    meta["std"] = float(vae.scale * np.sqrt(mean.var() + (std**2).mean()))  # of x0
+    meta.update(format=FORMAT, num_images=len(kept), classes=images.classes, scale=vae.scale)
+    meta.update(channels=mean.shape[1], height=mean.shape[2], width=mean.shape[3])
+    with models.atomic_write(out / "labels.npy") as file:
+        np.save(file, np.array(images.labels, dtype=np.int64)[kept])
+    names = [os.path.relpath(images.files[i], meta["source"]) for i in kept]
+    for name, content in (("files", names), ("meta", meta)):
+        with models.atomic_write(out / f"{name}.json") as file:
+            file.write(json.dumps(content).encode())
+    say(f"{out}: {len(kept)} images; the std of the scaled latents is {meta['std']:.3f}")
+    if not 0.7 <= meta["std"] <= 1.4:
+        warn(f"that std should be about 1; is {vae.scale} the scale of {meta['vae']['path']}?")
 
 
 def main():
     args = models.parse_settings(Settings, __doc__)
     if args.image_size % 8 or not args.vae or not args.images:
-        raise UserError("needed: --images DIR, --vae FILE, and an --image-size that 8 divides")
+        raise UserError("needed: --images DIR, --vae FILE, --image-size a multiple of 8")
     device, rank, world = models.setup(args.device)
-    vae, images = load_vae(args.vae), list_images(args.images, args.image_size)
-    listing = [os.path.relpath(path, args.images) for path, _ in images.samples]
-    N, side = len(listing), args.image_size // 2 ** (len(vae.channels) - 1)
-    tag = models.fingerprint(listing, args.image_size, vae.identity())[:12]
-    models.agree(settings=vars(args), images_and_vae=tag)
-    out = Path(args.out)
+    vae, images, out = load_vae(args.vae), Images(args.images, args.image_size), Path(args.out)
+    names = [os.path.relpath(file, args.images) for file in images.files]
+    dates = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, images.files)]
+    tag = fingerprint(names, dates, args.image_size, vae.identity())[:12]
     held = models.lock(out) if rank == 0 else None  # noqa: F841 (until main returns)
+    part = out / f"done-{tag}.part.npy"
     if (out / "meta.json").is_file():
         if LatentFolder(out).meta.get("tag") != tag:
-            raise UserError(f"{out}: holds latents of other images or VAE; choose another --out")
+            raise UserError(f"{out}: holds latents of other images or VAE; another --out?")
+        part.unlink(missing_ok=True)  # a run was killed in its last line
         return say(f"{out}: is complete already, nothing to do")
-    part, finished = out / f"moments-{tag}.part.npy", out / f"done-{tag}.part.npy"
-    done, every_bad = shared_array(finished, (N,), np.uint8, rank), []
-    if not done.all():  # else a run was killed between here and its end: go on there
-        array = shared_array(part, (N, 2 * vae.latent_channels, side, side), np.float16, rank)
-    todo = chunks_to_do(done, args.batch_size, rank, world)
+    if rank == 0 and not part.exists():
+        for old in out.glob("done-*.part.*"):
+            warn(f"{old}: dropped, an unfinished encoding of other or changed images, or VAE")
+            old.unlink()
+        (out / "moments.npy").unlink(missing_ok=True)
+    done = shared_array(part, (len(images),), np.uint8, rank)
+    side = args.image_size // vae.factor
+    shape = (len(images), 2 * vae.latent_channels, side, side)
+    moments = shared_array(out / "moments.npy", shape, np.float16, rank)
     vae = vae.to(device, memory_format=torch.channels_last)
-    for rows, moments, bad in encode(args, images, vae, todo, device, world):
-        every_bad += bad
-        if not bad:
-            array[rows] = moments
-            array.flush()
-            done[rows] = 1  # when the rows are on disk
-    bad = sum(models.gather(every_bad), [])
-    if bad:
-        with models.atomic_write(out / "unreadable.txt") as file:
-            file.write("\n".join(bad).encode(errors="surrogateescape"))
-        few = f"{len(bad)} of {N} images cannot be read: {'; '.join(bad[:5])}"
-        raise UserError(f"{few}; fix or replace them, listed in {out}/unreadable.txt; run again")
+    encode(images, vae, moments, done, args.batch_size, rank, world)
+    models.gather(None)  # rank 0 waits for the others
     if rank == 0:
-        meta = {"format": FORMAT, "tag": tag, "image_size": args.image_size, "num_images": N}
-        meta.update(classes=images.classes, channels=vae.latent_channels, height=side, width=side)
-        meta.update(source=os.path.abspath(args.images), scale=vae.scale)
+        meta = {"tag": tag, "image_size": args.image_size, "source": os.path.abspath(args.images)}
         meta["vae"] = {"path": os.path.abspath(args.vae), "identity": vae.identity()}
-        if part.exists():
-            os.replace(part, out / "moments.npy")
-        with models.atomic_write(out / "labels.npy") as file:
-            np.save(file, np.array(images.targets, dtype=np.int64))
-        for name, content in (("files", listing), ("meta", meta)):  # meta.json makes it a folder
-            with models.atomic_write(out / f"{name}.json") as file:
-                file.write(json.dumps(content).encode())
-        finished.unlink()
-        say(f"{out}: {N} images, {len(images.classes)} classes, latents of side {side}")
+        finish(images, vae, moments, done, meta, out)
+        part.unlink()
 
 
 if __name__ == "__main__":

@@ -3,30 +3,33 @@
 python experiments/cifar10.py data/cifar10-images           # the 50,000 training images
 """
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import models
+from models import say, setting
+
+
+@dataclass
+class Settings:
+    out: str = setting("", positional=True)  # folder to write, one folder a class
+
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", help="folder to write, one folder a class")
-    args = parser.parse_args()
-    try:
+    out = Path(models.parse_settings(Settings, __doc__).out)
+    with models.reading("CIFAR-10", "cannot be downloaded; IMAGES=DIR takes images at hand"):
         data = CIFAR10("data", train=True, download=True)
-    except Exception as error:  # no network, a mirror that answers nonsense
-        sys.exit(f"CIFAR-10 could not be downloaded ({error}); IMAGES=DIR takes images at hand")
     for index, (pixels, label) in enumerate(zip(data.data, data.targets, strict=True)):
-        folder = Path(args.out) / data.classes[label]
+        folder = out / data.classes[label]
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(folder / f"{index:05d}.png")
-    print(f"{args.out}: {len(data.targets)} images of {len(data.classes)} classes")
+    say(f"{out}: {len(data.targets)} images of {len(data.classes)} classes")
 
 
 if __name__ == "__main__":
-    main()
+    models.run(main)

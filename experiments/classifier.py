@@ -10,25 +10,23 @@ class they were asked for. Their scale is this CNN's own: never compare them wit
 another judge's. Not part of the method.
 """
 
-import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import models
-from models import UserError, say
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import models
 from fid import frechet_distance, precision_recall, statistics
-from vae_latents import LatentFolder, decode, find_vae
+from models import UserError, say, setting
+from vae_latents import LatentFolder, Progress, decode, find_vae, open_image
 
-REFERENCE_NUM = 5000  # images in precision and recall
+BATCH = 128  # of the training
 
 
 class CNN(nn.Module):
@@ -54,10 +52,24 @@ class CNN(nn.Module):
 # ---- Training
 
 
+def source_images(folder) -> torch.Tensor:
+    """The cropped images (N, S, S, 3) uint8 of a latent folder, from where they were encoded."""
+    if len(folder) < 20:
+        raise UserError(f"{folder.path}: its {len(folder)} images are too few to learn from (20)")
+    images = []
+    with models.reading(folder.path, "does not say which images it is of"):
+        names = json.loads((folder.path / "files.json").read_text())
+        size, source = folder.meta["image_size"], Path(folder.meta["source"])
+    for file in (source / name for name in names):
+        with models.reading(file, "is not the image any more that was encoded"):
+            images.append(open_image(file, size))
+    return torch.from_numpy(np.stack(images))
+
+
 def round_trips(folder) -> torch.Tensor:
     """Every image as the VAE gives it back, (N, S, S, 3) uint8: the best that samples can be."""
-    vae = find_vae(None, folder.meta, folder.path)
-    progress, decoded = models.Progress("round trips", len(folder)), []
+    vae = find_vae(None, folder.meta)
+    progress, decoded = Progress("round trips", len(folder)), []
     for first in range(0, len(folder), 1000):
         mean = torch.from_numpy(folder.moments[first : first + 1000]).float().chunk(2, dim=1)[0]
         decoded.append(torch.from_numpy(decode(vae, vae.scale * mean)))
@@ -78,13 +90,13 @@ def augmented(images):
     return torch.roll(torch.where(mirror, images.flip(2), images), shift, dims=(1, 2))
 
 
-def fit(cnn, images, labels, rows, steps, augment):
-    """AdamW and one cycle, batches of 128 of `rows`; labels repeat if there are more images."""
+def fit(cnn, images, labels, rows, steps, augment=False):
+    """AdamW and one cycle, batches of `rows`; labels repeat if there are more images."""
     optimizer = torch.optim.AdamW(cnn.parameters(), lr=3e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    progress = models.Progress("classifier: step", steps)
+    progress = Progress("classifier: step", steps)
     for step in range(1, steps + 1):
-        pick = rows[torch.randint(len(rows), (128,))]
+        pick = rows[torch.randint(len(rows), (BATCH,))]
         x = augmented(images[pick]) if augment else images[pick]
         loss = F.cross_entropy(cnn(x)[1], labels[pick % len(labels)], label_smoothing=0.05)
         optimizer.zero_grad()
@@ -94,10 +106,20 @@ def fit(cnn, images, labels, rows, steps, augment):
         progress(step, f"loss {loss:.3f}")
 
 
+@dataclass
+class Settings:
+    data: str = setting("", positional=True)  # latent folder whose images are there (up to 64 px)
+    out: str = "out/classifier.pt"  # file to write
+    steps: int = setting(400, at_least=1)  # steps of 128 images
+    width: int = setting(32, at_least=1)  # channels of the first layer
+    seed: int = setting(0, at_least=0, at_most=2**63 - 1)  # another seed is a second judge
+    augment: bool = False  # mirror and shift: for photographs
+    round_trips: bool = False  # half of each batch went through the VAE, whose blur samples share
+
+
 def train(args):
     folder = LatentFolder(args.data)
-    images, labels = folder.images(slice(None)), folder.labels
-    images, held = torch.from_numpy(images.copy()), held_out(len(labels))
+    images, labels, held = source_images(folder), folder.labels, held_out(len(folder))
     rows, seen = torch.nonzero(~held)[:, 0], images
     if args.round_trips:
         decoded = round_trips(folder)
@@ -108,17 +130,19 @@ def train(args):
     fit(cnn, seen, labels, rows, args.steps, args.augment)
     cnn.eval()
 
-    file = {"model": cnn.state_dict(), "classes": classes, "width": args.width, "seed": args.seed}
-    file.update(reference(cnn, images))
-    real = measure(cnn, file, images[held], labels[held])
-    file["accuracy"] = real["agreement"]
-    say(f"{args.out}: accuracy on {held.sum()} held-out images {100 * file['accuracy']:.1f} %")
+    features, _ = describe(cnn, images)
+    some = torch.linspace(0, len(images) - 1, min(5000, len(images))).long()  # evenly spaced
+    saved = {"model": cnn.state_dict(), "classes": classes, "width": args.width, "seed": args.seed}
+    saved.update(size=images.shape[1], reference=features[some].clone())
+    saved["mu"], saved["sigma"] = map(torch.from_numpy, statistics(features))
+    saved["accuracy"] = measure(cnn, saved, images[held], labels[held])["agreement"]
+    say(f"{args.out}: accuracy on {held.sum()} held-out images {100 * saved['accuracy']:.1f} %")
     if args.round_trips:
-        best = measure(cnn, file, decoded[held], labels[held])
-        file["round_trips"] = [best["FD-CNN"], best["agreement"]]
+        best = measure(cnn, saved, decoded[held], labels[held])
+        saved["round_trips"] = [best["FD-CNN"], best["agreement"]]
         say(f"their VAE round trips: {json.dumps(best)}")
-    with models.atomic_write(args.out) as f:
-        torch.save(file, f)
+    with models.atomic_write(args.out) as file:
+        torch.save(saved, file)
 
 
 # ---- Judging
@@ -131,74 +155,52 @@ def describe(cnn, images):
     return features, logits.argmax(dim=1)
 
 
-def reference(cnn, images) -> dict:
-    """What samples are compared with: statistics of all images, features of some, evenly spaced."""
-    features, _ = describe(cnn, images)
-    mu, sigma = map(torch.from_numpy, statistics(features))
-    some = torch.linspace(0, len(images) - 1, min(REFERENCE_NUM, len(images))).long()
-    return {"mu": mu, "sigma": sigma, "reference": features[some].clone()}
-
-
-def measure(cnn, file, images, labels) -> dict:
-    """The judge's figures; precision and recall only if the classifier file has features."""
+def measure(cnn, saved, images, labels) -> dict:
+    """The judge's figures of images (N, S, S, 3) uint8 and the labels they were asked for."""
     features, predicted = describe(cnn, images)
-    distance = frechet_distance(*statistics(features), file["mu"].numpy(), file["sigma"].numpy())
+    mu, sigma = saved["mu"].numpy(), saved["sigma"].numpy()
+    distance = frechet_distance(*statistics(features), mu, sigma)
     agreement = (predicted == labels).double().mean().item()
+    precision, recall = precision_recall(saved["reference"], features)
     found = {"FD-CNN": round(distance, 3), "agreement": round(agreement, 4)}
-    if "reference" in file:
-        precision, recall = precision_recall(file["reference"], features)
-        found.update(precision=round(precision, 4), recall=round(recall, 4))
-    return found
+    return {**found, "precision": round(precision, 4), "recall": round(recall, 4)}
 
 
 def load(path) -> tuple[CNN, dict]:
     """(The CNN in eval mode, the file)."""
-    file = models.load_file(path)
-    with models.reading(f"{path}, as a classifier,"):
-        cnn = CNN(file["classes"], file["width"]).to(memory_format=torch.channels_last)
-        cnn.load_state_dict(file["model"])
-    return cnn.eval(), file
+    saved = models.load_file(path)
+    with models.reading(path, "is no judge; make one with classifier.py train"):
+        cnn = CNN(saved["classes"], saved["width"]).to(memory_format=torch.channels_last)
+        cnn.load_state_dict(saved["model"])
+        saved["mu"], saved["sigma"], saved["reference"]
+    return cnn.eval(), saved
 
 
-def judge(args):
-    cnn, file = load(args.classifier)
-    for path in args.samples:
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such file; sample.py writes samples.npz")
-        with models.reading(path), np.load(path) as samples:
-            images, labels = (torch.from_numpy(samples[key]) for key in ("arr_0", "labels"))
-        say(json.dumps({"samples": path, **measure(cnn, file, images, labels)}))
-
-
-def parse():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("train", help="train the judge")
-    one.add_argument("data", help="latent folder that keeps its images (up to 64 px)")
-    one.add_argument("--out", required=True, help="file to write")
-    one.add_argument("--steps", type=int, default=400, help="steps of 128 images (default: 400)")
-    one.add_argument("--width", type=int, default=32, help="channels of the first layer")
-    one.add_argument("--seed", type=int, default=0, help="another seed is a second judge")
-    one.add_argument("--augment", action="store_true", help="mirror and shift: for photographs")
-    one.add_argument(
-        "--round-trips",
-        action="store_true",
-        help="half of each batch went through the VAE, whose blur all samples share",
-    )
-    two = commands.add_parser("judge", help="a line of JSON for each file of samples")
-    two.add_argument("classifier", help="what train wrote")
-    two.add_argument("samples", nargs="+", help="samples.npz, from sample.py")
-    return parser.parse_args()
+def read_samples(path, saved) -> tuple[torch.Tensor, torch.Tensor]:
+    """(Images (N, S, S, 3) uint8, labels (N,)) of a samples.npz that this judge can judge."""
+    with models.reading(path, "is no samples.npz for this judge"), np.load(path) as samples:
+        images, labels = samples["arr_0"], samples["labels"]
+        side, classes = saved.get("size", images.shape[1]), saved["classes"]
+        if images.dtype != np.uint8 or images.shape != (len(labels), side, side, 3):
+            raise ValueError(f"{images.dtype} {images.shape}, the judge knows {side} px, uint8")
+        if len(images) < 2 or not 0 <= labels.min() <= labels.max() < classes:
+            raise ValueError(f"{len(images)} images, labels to {labels.max()} of {classes} classes")
+    return torch.from_numpy(images), torch.from_numpy(labels)
 
 
 def main():
-    args = parse()
-    if args.command == "train":
-        train(args)
-    else:
-        judge(args)
+    command, *files = sys.argv[1:] or [""]
+    if command == "judge" and len(files) > 1:
+        cnn, saved = load(files[0])
+        for path in files[1:]:
+            figures = measure(cnn, saved, *read_samples(path, saved))
+            say(json.dumps({"samples": path, **figures}))
+        return
+    if command == "train":
+        del sys.argv[1]
+    elif "--help" not in sys.argv:
+        raise UserError("give `train DATA --out FILE`, or `judge FILE SAMPLES...` (--help)")
+    train(models.parse_settings(Settings, __doc__))
 
 
 if __name__ == "__main__":

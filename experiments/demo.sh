@@ -4,6 +4,8 @@
 # script does only what is missing.
 set -eu
 cd "$(dirname "$0")/.."
+. experiments/processes.sh
+watch
 start=$(date +%s)
 D=out/demo
 mkdir -p $D
@@ -29,7 +31,7 @@ teacher_steps=2000 steps=1400 vanilla_steps=1900 # so that both cost the same in
 samples() { # samples CHECKPOINT NAME: without guidance, for the figures, and with, to look at
     local cfg
     for cfg in 1 3; do
-        unless $D/samples-$2-cfg$cfg/samples.npz python sample.py --ckpt "$1" --num 300 \
+        unless $D/samples-$2-cfg$cfg/samples.npz python sample.py --ckpt "$1" --num-images 300 \
             --mode euler --steps 20 --cfg $cfg --device cpu --out $D/samples-$2-cfg$cfg
     done
 }
@@ -50,6 +52,7 @@ self_transcendence() {
 }
 
 baseline() {
+    watch
     unless data/shapes/classifier.pt python experiments/classifier.py train data/shapes \
         --steps 200 --out data/shapes/classifier.pt
     unless $D/vanilla/ckpt-000$vanilla_steps.pt python train_stage1.py $training --model SiT-Ti/4 \
@@ -68,20 +71,15 @@ unless data/shapes/meta.json python vae_latents.py --images data/shapes-images \
     --vae data/shapes-vae.pt --image-size 32 --device cpu --out data/shapes
 
 export OMP_NUM_THREADS=1 # two trainings side by side, one core each
-if [ ! -e $D/judged.jsonl ]; then
-    part "Beside all that follows, on the second core: a vanilla SiT, for as much compute as the
-   teacher and the student take together (out/demo/vanilla.log)"
-    set -m # in a process group of its own, so that the trap reaches what it runs
+if [ -e $D/judged.jsonl ]; then
+    self_transcendence
+else
+    part "On the second core: a vanilla SiT, for the same compute in all (out/demo/vanilla.log)"
     baseline > $D/vanilla.log 2>&1 &
     other=$!
-    set +m
-    trap 'kill -TERM -- -$other 2> /dev/null || true' EXIT # it saves and stops
-fi
-self_transcendence
-if [ ! -e $D/judged.jsonl ]; then
+    self_transcendence
     part "Wait for the second core: a minute at most"
     wait $other || { tail -n 20 $D/vanilla.log; exit 1; }
-    trap - EXIT
     part "A small CNN judges the samples, and the sheet is drawn: 15 seconds"
     python experiments/classifier.py judge data/shapes/classifier.pt $D/samples-*/samples.npz \
         > $D/judged.tmp

@@ -8,21 +8,21 @@ told. A good s lies near the start of the plateau.
 """
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import models
-from models import UserError, say, setting
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import models
 from build_teacher import extrapolate
-from vae_latents import LatentFolder, decode, find_vae
+from models import UserError, say, setting, warn
+from vae_latents import LatentFolder, Progress, decode, find_vae
 
 
 def noisy(folder, rows, t, device, seed=0):
@@ -54,13 +54,11 @@ def knn_accuracy(features, labels, k=10) -> float:
 
 
 def probe(model, folder, depths, scales, num, t, device) -> dict:
-    """{depth: {"f_u": k-NN accuracy, "f_c": .., "f_g 30": ..}} of mean-pooled features.
-
-    Pooling is linear, so the mean of f_g is extrapolated from those of f_c and f_u.
-    """
+    """{depth: {"f_u": k-NN accuracy, "f_c": .., "f_g 30": ..}} of mean-pooled features. Pooling is
+    linear, so the mean of f_g is extrapolated from those of f_c and f_u."""
     rows = np.random.default_rng(0).permutation(len(folder))[:num]
     pooled = {depth: ([], []) for depth in depths}
-    progress = models.Progress("probe", len(rows))
+    progress = Progress("probe", len(rows))
     for first in range(0, len(rows), 64):
         part = rows[first : first + 64]
         _, x_t, times, y = noisy(folder, part, t, device, seed=int(part[0]))
@@ -115,50 +113,58 @@ def picture(model, folder, vae, blocks, s, t, device, rows=8) -> Image.Image:
 
 @dataclass
 class Settings:
-    ckpt: str = setting("", "a run's folder, or one of its checkpoints", positional=True)
-    data: str | None = setting(None, "latent folder (default: the run's)")
-    vae: str | None = setting(None, "VAE of the picture (default: the one that made the latents)")
-    out: str = setting("out/probe", "folder for probe.json and features.png")
-    weights: str = setting("model", "raw weights (paper) or their EMA", choices=["model", "ema"])
-    depth: int | None = setting(None, "block dt (default: by size)", at_least=1)
-    num: int | None = setting(None, "images (default: 20 a class, 2000 at least)", at_least=2)
-    scales: str = setting("3,10,30", "scales s to try; the picture shows the last")
-    t: float = setting(0.5, "noise level", above=0, below=1)
-    device: str = setting("auto", "cpu, cuda or cuda:N; auto is cuda where there is one")
+    ckpt: str = setting("", positional=True)  # a run's folder, or one of its checkpoints
+    data: str | None = None  # latent folder (default: the run's)
+    vae: str | None = None  # VAE of the picture (default: the one that made the latents)
+    out: str = "out/probe"  # folder for probe.json and features.png
+    weights: str = setting("model", choices=["model", "ema"])  # raw weights (paper) or their EMA
+    depth: int | None = setting(None, at_least=1)  # block dt (default: by size)
+    num: int | None = setting(None, at_least=2)  # images (default: 20 a class, 2000 at least)
+    scales: str = "3,10,30"  # scales s to try; the picture shows the last
+    t: float = setting(0.5, above=0, below=1)  # noise level
+    device: str = "auto"  # cpu, cuda or cuda:N; auto is cuda where there is one
+
+
+def find_latents(path, model) -> LatentFolder:
+    """At least two latents, of the shape and the number of classes that the network knows."""
+    folder = LatentFolder(path)
+    here = (len(folder.meta["classes"]), *folder.shape)
+    known = (model.num_classes, model.in_channels, model.input_size, model.input_size)
+    if here != known or len(folder) < 2:
+        what = f"{len(folder)} latents, (classes, C, H, W) {here}"
+        raise UserError(f"{path}: has {what}; needed: several of {known}")
+    return folder
 
 
 def main():
     args = models.parse_settings(Settings, __doc__)
-    try:
-        scales = [float(s) for s in args.scales.split(",")]
-    except ValueError as error:
-        raise UserError(f"--scales {args.scales}: give numbers such as 3,10,30") from error
-    model, file = models.load_checkpoint(args.ckpt, args.weights)
-    size, _ = models.parse_name(model.name)
+    scales = [float(s) for s in args.scales.split(",") if re.fullmatch(r"\d+(\.\d+)?", s)]
+    if len(scales) < len(args.scales.split(",")):
+        raise UserError(f"--scales {args.scales}: give numbers such as 3,10,30")
+    model, saved = models.load_checkpoint(args.ckpt, args.weights, null_label_for="f_u")
+    size, _ = models.parse_name(saved["args"]["model"])
     depth, device = args.depth or size.teacher_depth, models.setup(args.device)[0]
     if depth > model.depth:
-        raise UserError(f"--depth {depth}: {model.name} has blocks 1 to {model.depth}")
-    data = args.data or (file["args"]["data"] if "meta" in file else None)
+        raise UserError(f"--depth {depth}: the network has blocks 1 to {model.depth}")
+    data, few = args.data or saved["args"].get("data"), 20 * model.num_classes
     if not data:
-        raise UserError("--data: the checkpoint does not name its latents; name them")
-    folder, model = LatentFolder(data), model.to(device)
-    num = min(args.num or max(2000, 20 * model.num_classes), len(folder))
-    if num < 20 * model.num_classes or model.num_classes < 2:
-        say("warning: to mean much, the table needs 2 classes and 20 images of each")
+        raise UserError(f"{args.ckpt}: does not name its latents; give --data")
+    folder, num = find_latents(data, model), args.num or max(2000, few)
+    if min(num, len(folder)) < few or model.num_classes < 2:
+        warn("to mean much, the table needs 2 classes and 20 images of each")
+    vae, model = find_vae(args.vae, folder.meta).to(device), model.to(device)
     depths = {*range(2, model.depth + 1, max(1, model.depth // 8)), depth, size.student_depth}
     table = probe(model, folder, sorted(depths), scales, num, args.t, device)
     say(f"k-NN accuracy at t = {args.t:g}; f_c and f_g were told the label, f_u was not")
     say("block  " + "".join(f"{title:>9}" for title in table[depth]))
-    for block, line in table.items():
-        values = "".join(f"{value:9.3f}" for value in line.values())
-        say(f"{block:5}  {values}{'   <- dt' if block == depth else ''}")
-    out = Path(args.out)
-    with models.atomic_write(out / "probe.json") as f:
-        f.write(json.dumps({"t": args.t, "num": num, "blocks": table}, indent=1).encode())
-    vae = find_vae(args.vae, folder.meta, data).to(device)
-    blocks = (size.student_depth, depth)
-    with models.atomic_write(out / "features.png") as f:
-        picture(model, folder, vae, blocks, scales[-1], args.t, device).save(f, format="PNG")
+    for block, accuracies in table.items():
+        cells = "".join(f"{accuracy:9.3f}" for accuracy in accuracies.values())
+        say(f"{block:5}  {cells}{'   <- dt' if block == depth else ''}")
+    out, blocks = Path(args.out), (size.student_depth, depth)
+    with models.atomic_write(out / "probe.json") as file:
+        file.write(json.dumps({"t": args.t, "blocks": table}, indent=1).encode())
+    with models.atomic_write(out / "features.png") as file:
+        picture(model, folder, vae, blocks, scales[-1], args.t, device).save(file, format="PNG")
     say(f"look at {out}/features.png")
 
 

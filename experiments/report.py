@@ -1,280 +1,218 @@
-"""The experiment's tables and its figure, from what experiments/cifar10.sh left in out/cifar10.
+"""The experiment's tables and figures, from what experiments/cifar10.sh left in out/cifar10.
 
-    python experiments/report.py        # tables in Markdown on stdout; assets/compute.png
+    python experiments/report.py        # tables in Markdown on stdout; assets/compute*.png
 
 Rows that are not there yet are left out. Total compute counts everything that went into a network,
 in training steps of a vanilla student, by matrix products: its own steps, the projector forward and
 backward, the teacher's forward passes, and the training of the teacher or encoder before.
 """
 
-import functools
 import importlib
 import json
+import operator
 import re
 import statistics
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import models
-from models import Projector, UserError, say, setting
-
-import experiments.sizes  # noqa: F401 (teachers and students of other sizes)
 from build_teacher import load_teacher
-from experiments.baselines.cost import projector_cost, share, vanilla_steps
-from experiments.plot import auxiliary, new_figure, read_log
+from experiments.baselines.common import Baseline, projector_cost, share
+from experiments.plot import new_figure
+from models import Projector, UserError, say
 from train_stage1 import Alignment
 
-STUDENT = "SiT-Ti/2"  # whose vanilla step is the unit of compute
-LARGE = "SiT-W/2"  # and of the rows that begin with W-
-
-ROWS = {  # name of the runs: what the tables call them, in their order
-    "vanilla": "vanilla SiT",
-    "Ti": "stage 1 alone: the Ti teacher",
-    "descTi": "as described, Ti teacher",
-    "relTi": "as released, Ti teacher",
-    "descN": "as described, N teacher",
-    "relN": "as released, N teacher",
-    "descN-s3": "as described, N teacher, s = 3",
-    "descN-s30": "as described, N teacher, s = 30",
-    "descN-ema": "as described, N teacher's EMA",
-    "descN-ends-half": "as described, N teacher, guided for half of the steps",
-    "repa": "REPA, with features of a CNN that saw the labels",
-    "sra": "SRA",
-    "vae_repa": "SRA 2 (VAE-REPA)",
-    "dispersive": "Dispersive loss",
-    "W-descN": "larger student, as described, N teacher",
-    "W-descTi": "larger student, as described, Ti teacher",
-}
-# The stage that a checkpoint names: the script in experiments/baselines that trained it
-BASELINES = {"repa": "repa", "sra": "sra", "vae": "vae_repa", "disp": "dispersive"}
-SERIES = {  # of the figure, with their colours; the best baseline is added
-    "vanilla": "tab:gray",
-    "descTi": "tab:blue",
-    "descN": "tab:red",
+METRICS = {"FD-CNN": (2, 1), "agreement": (1, 100), "precision": (3, 1), "recall": (3, 1)}
+STUDENTS = {"": "SiT-Ti/2", "W-": "SiT-W/2"}  # by how a row's name begins: the unit of compute
+SERIES = {  # of the figures: what they call a row, and its colour
+    "vanilla": ("vanilla SiT-Ti", "tab:gray"),
+    "descTi": ("as described, Ti teacher", "tab:blue"),
+    "descN": ("as described, N teacher", "tab:red"),
+    "repa": ("REPA, with a CNN that saw the labels", "tab:green"),
+    "W-vanilla": ("vanilla SiT-W", "tab:gray"),
+    "W-descN": ("as described, N teacher", "tab:red"),
+    "W-descP": ("as described, P teacher", "tab:orange"),
+    "W-relN": ("as released, N teacher", "tab:purple"),
 }
 
 
-def row_title(row: str) -> str:
-    """What the tables call a row."""
-    if teacher := re.fullmatch(r"desc([PNM])-of-(\d+)", row):  # how small, how long
-        return f"as described, {teacher[1]} teacher of {int(teacher[2]):,} steps"
-    if rate := re.fullmatch(r"W-vanilla-lr(.+)", row):
-        return f"larger student, vanilla, rate {rate[1]}"
-    return ROWS.get(row, row)
-
-
-# ---- What is there
+def student_of(row: str) -> str:
+    return "W-" if row.startswith("W-") else ""
 
 
 def find_results(runs: Path, judge: str) -> dict:
-    """{row: {step: {seed: the judge's figures, and "compute"}}}, rows in the order of ROWS."""
+    """{row: {step: {seed: METRICS, and "compute"}}}, vanilla first."""
     found = {}
     for path in runs.glob(f"*-seed*/samples-*/judged{judge}.json"):
-        run = path.parent.parent
-        name = re.fullmatch(r"(.+)-seed(\d+)", run.name)
-        step = re.fullmatch(r"samples-(\d+)", path.parent.name)
-        if not name or not step:
+        name = re.fullmatch(r"(.+)-seed(\d+)/samples-(\d+)", str(path.parent.relative_to(runs)))
+        if not name:
             continue
-        with models.reading(path):
-            figures = json.loads(path.read_text())
-        step, seed = int(step[1]), int(name[2])
-        student = LARGE if name[1].startswith("W-") else STUDENT
-        figures["compute"] = compute(run, step, student)
-        found.setdefault(name[1], {}).setdefault(step, {})[seed] = figures
+        row, seed, step = name[1], int(name[2]), int(name[3])
+        with models.reading(path, "is no line of classifier.py judge"):
+            judged = json.loads(path.read_text())
+            figures = {metric: float(judged[metric]) for metric in METRICS}
+        figures["compute"] = compute(path.parent.parent, step, STUDENTS[student_of(row)])
+        found.setdefault(row, {}).setdefault(step, {})[seed] = figures
     if not found:
         wanted = f"NAME-seedS/samples-STEP/judged{judge}.json"
         raise UserError(f"{runs}: no {wanted} there; experiments/cifar10.sh makes them")
-    order = [*ROWS, *sorted(found.keys() - ROWS.keys())]
-    rows = {row: found[row] for row in order if row in found}
-    return {row: dict(sorted(steps.items())) for row, steps in rows.items()}
+    order = sorted(found, key=lambda row: (student_of(row), "vanilla" not in row, row))
+    return {row: dict(sorted(found[row].items())) for row in order}
 
 
 def values(seeds: dict, metric: str) -> list[float]:
-    """One metric of every seed that has it."""
-    return [figures[metric] for _, figures in sorted(seeds.items()) if metric in figures]
+    return [figures[metric] for _, figures in sorted(seeds.items())]
 
 
 # ---- Compute
 
 
-@functools.cache
-def read_run(run: Path) -> tuple[SimpleNamespace, int, tuple]:
-    """(The settings, the newest step, the arguments of models.build after the name) of a run."""
-    path = next(iter(models.checkpoints(run)), None)
-    if path is None:
-        raise UserError(f"{run}: holds no checkpoint, so its settings are not known")
-    file = models.load_file(path)
-    with models.reading(path):
-        meta = file["meta"]
-        shape = meta["height"], meta["channels"], len(meta["classes"])
-        return SimpleNamespace(**file["args"]), file["step"], shape
+def read_run(run: Path) -> tuple[SimpleNamespace, dict, int]:
+    """(The settings, the latents' meta, the newest step) of a run."""
+    path = next(iter(models.checkpoints(run)), run / "ckpt-*.pt")
+    saved = models.load_file(path)
+    with models.reading(path, "is no checkpoint"):
+        return SimpleNamespace(**saved["args"]), saved["meta"], saved["step"]
 
 
-@functools.cache
-def forward(model: str, shape: tuple) -> int:
-    """FLOPs of one image's forward pass."""
-    return models.build(model, *shape).forward_flops()
+def compute(run: Path, step: int, student: str) -> float:
+    """What went into this run until `step`, in vanilla steps of `student`."""
+    args, meta, _ = read_run(run)
+    return spent(args, meta, step, student)
 
 
-def moved(path, args, run: Path) -> Path:
-    """A file of the experiment, wherever its folder lies now: args.out was `run` then."""
-    path, before = Path(path), Path(args.out).parent
-    return run.parent / path.relative_to(before) if path.is_relative_to(before) else path
-
-
-@functools.cache
-def cost(run: Path, student: str) -> tuple[float, float, float]:
-    """(A step's cost without its auxiliary loss, what that adds, what was spent before step 1)."""
-    args, _, shape = read_run(run)
-    model = models.build(args.model, *shape)
-    own = model.forward_flops() / forward(student, shape)
+def spent(args, meta, step, student) -> float:
+    """What a run with these settings costs until `step`, in vanilla steps of `student`."""
+    model = network(args.model, meta)
+    own = model.forward_flops() / network(student, meta).forward_flops()
     if getattr(args, "align_weight", None) == 0:
-        return own, 0.0, 0.0
-    if args.stage == "align":
-        extra, before = projector_cost(model, Alignment(args, 1).projector(model), args), 0.0
-    elif args.stage == "guide":
-        extra, before = guidance_cost(model, args, run, student)
-    else:
-        extra, before = baseline_cost(model, args)
-    return own, own * extra, before
-
-
-def guidance_cost(model, args, run: Path, student: str):
-    """f_c and f_u and the projector; the teacher's training, on its own settings, before."""
-    teacher, file = load_teacher(moved(args.teacher, args, run))
-    forwards = share(args) * 2 * teacher.forward_flops() / (3 * model.forward_flops())
-    projector = Projector(model.width, out=teacher.width, hidden=args.projector_dim)
-    extra = forwards + projector_cost(model, projector, args)
-    source = moved(file["source"]["ckpt"], args, run)
-    source = source if source.is_dir() else source.parent
-    return extra, compute(source, file["source"]["step"], student)
-
-
-def baseline_cost(model, args):
-    """As the baseline's own script counts; for REPA, the encoder's training and run before."""
-    if args.stage not in BASELINES:
-        raise UserError(f"{args.out}: its auxiliary loss, {args.stage}, is not known here")
-    script = importlib.import_module(f"experiments.baselines.{BASELINES[args.stage]}")
+        return step * own
     before = 0.0
-    if args.stage == "repa":
+    if args.stage == "align":
+        extra = projector_cost(model, Alignment(args, 1).projector(model), args)
+    elif args.stage == "guide":
+        teacher, saved = load_teacher(args.teacher)
+        forwards = share(args) * 2 * teacher.forward_flops() / (3 * model.forward_flops())
+        projector = Projector(model.width, out=teacher.width, hidden=args.projector_dim)
+        extra = forwards + projector_cost(model, projector, args)
+        before = spent(SimpleNamespace(**saved["args"]), saved["meta"], saved["step"], student)
+    else:
+        extra = find_baseline(args.stage)(args).extra_cost(model)
+    if args.stage == "repa":  # the encoder's training, and its run over the images
         about = Path(args.features).with_suffix(".json")
-        with models.reading(about):
+        with models.reading(about, "does not say what the features cost"):
             flops = json.loads(about.read_text())
-        flops = flops["flops_encoding"] + flops.get("flops_training", 0)
-        before = vanilla_steps(flops, model, args)
-    return script.extra_cost(model, args), before
+            flops = flops["flops_training"] + flops["flops_encoding"]
+        before = own * flops / (3 * model.forward_flops() * args.batch_size)
+    aided = min(step, getattr(args, "guide_steps", step))
+    return before + own * (step + aided * extra)
 
 
-def compute(run: Path, step: int, student=STUDENT) -> float:
-    """All that went into this run until `step`, in vanilla steps of `student`; NaN: not known."""
-    try:
-        own, extra, before = cost(run, student)
-    except (UserError, OSError) as error:
-        say(f"warning: {run.name}: compute is not known ({error})", sys.stderr)
-        return float("nan")
-    aided = min(step, getattr(read_run(run)[0], "guide_steps", step))
-    return before + step * own + aided * extra
+def network(model: str, meta: dict):
+    """A SiT without weights, for its FLOPs."""
+    with torch.device("meta"):
+        return models.build(model, meta["height"], meta["channels"], len(meta["classes"]))
+
+
+def find_baseline(stage: str) -> type[Baseline]:
+    """The loss with this name, of the scripts in experiments/baselines."""
+    for script in Path(__file__).parent.glob("baselines/*.py"):
+        importlib.import_module(f"experiments.baselines.{script.stem}")
+    known = {Loss.name: Loss for Loss in Baseline.__subclasses__()}
+    if stage not in known:
+        raise UserError(f"the auxiliary loss {stage} is none of {', '.join(known)}")
+    return known[stage]
 
 
 # ---- The tables
 
 
-def spread(numbers, digits, scale=1.0) -> str:
+def line(*cells) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def spread(numbers, digits, scale) -> str:
     """Mean and, of several, the standard deviation (n - 1)."""
-    if not numbers:
-        return "–"
     numbers = [scale * number for number in numbers]
     text = f"{statistics.mean(numbers):,.{digits}f}"
     return text + (f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else "")
 
 
-def table(found: dict) -> str:
-    titles = "FD-CNN | class asked for, % | precision | recall"
-    lines = [f"| | seeds | steps | total compute | {titles} |", "|---|---|--:|--:|--:|--:|--:|--:|"]
+def table(found: dict) -> list[str]:
+    lines = [line("", "seeds", "steps", "total compute", *METRICS), line(*["---"] * 8)]
     for row, steps in found.items():
         for step, seeds in steps.items():
-            first = row_title(row) if step == min(steps) else ""
-            cells = [first, ", ".join(map(str, sorted(seeds))), f"{step:,}"]
-            cells.append(f"{statistics.mean(values(seeds, 'compute')):,.0f}")
-            cells.append(spread(values(seeds, "FD-CNN"), 2))
-            cells.append(spread(values(seeds, "agreement"), 1, 100))
-            cells += [spread(values(seeds, metric), 3) for metric in ("precision", "recall")]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            total = f"{statistics.mean(values(seeds, 'compute')):,.0f}"
+            figures = [spread(values(seeds, name), *how) for name, how in METRICS.items()]
+            lines.append(
+                line(row, ", ".join(map(str, sorted(seeds))), f"{step:,}", total, *figures)
+            )
+    return lines
 
 
-def last_losses(run: Path, last=10) -> tuple[list, list]:
-    """([L_diff], [the auxiliary loss]), means of the last lines of the log; empty: not there."""
-    try:
-        records = read_log(run)
-    except UserError as error:
-        say(f"warning: {error}", sys.stderr)
-        return [], []
-    key = auxiliary(records)
-    ends = [[r[k] for r in records[-last:]] if k else [] for k in ("loss_diff", key)]
-    return tuple([statistics.mean(end)] if end else [] for end in ends)
+def worth(curve: list[tuple[int, float]], value: float, metric: str) -> str:
+    """How many vanilla steps a value is worth: where `curve`, [(steps, value)] with straight lines
+    between its points, reaches it first."""
+    better = operator.le if metric == "FD-CNN" else operator.ge
+    if better(curve[0][1], value):
+        return f"at most {curve[0][0]:,}"
+    for (step, before), (next_step, after) in pairwise(curve):
+        if better(after, value):
+            way = (value - before) / (after - before)
+            return f"{step + way * (next_step - step):,.0f}"
+    return f"more than {curve[-1][0]:,}"
 
 
-def losses(runs: Path, found: dict) -> str:
-    lines = ["| | seeds | L_diff | auxiliary loss |", "|---|---|--:|--:|"]
+def worths(found: dict) -> list[str]:
+    """What the last figures of each run are worth, on the curve of the same seed's vanilla run."""
+    lines = [line("", "seed", "total compute", "FD-CNN's worth", "agreement's"), line(*5 * ["---"])]
     for row, steps in found.items():
-        seeds = sorted({seed for part in steps.values() for seed in part})
-        ends = [last_losses(runs / f"{row}-seed{seed}") for seed in seeds]
-        cells = [row_title(row), ", ".join(map(str, seeds))]
-        cells += [spread(sum(column, []), 4) for column in zip(*ends, strict=True)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        vanilla = found.get(f"{student_of(row)}vanilla", {})
+        for seed, figures in sorted(steps[max(steps)].items()):
+            cells = [row, str(seed), f"{figures['compute']:,.0f}"]
+            for name in ("FD-CNN", "agreement"):
+                curve = [
+                    (step, vanilla[step][seed][name]) for step in vanilla if seed in vanilla[step]
+                ]
+                cells += [worth(curve, figures[name], name)] if len(curve) > 1 else []
+            if "vanilla" not in row and len(cells) == 5:
+                lines.append(line(*cells))
+    return lines
 
 
-def real_images(path: Path) -> list[float] | None:
-    """[FD-CNN, agreement] of real images after a round trip through the VAE: the limit."""
-    return models.load_file(path).get("round_trips") if path.is_file() else None
+# ---- The figures
 
 
-# ---- The figure
-
-
-def last_distance(steps: dict) -> float:
-    return statistics.mean(values(steps[max(steps)], "FD-CNN"))
-
-
-def series(found: dict) -> dict:
-    """{row: colour} of the rows to draw: SERIES, and the baseline with the least FD-CNN."""
-    chosen = {row: colour for row, colour in SERIES.items() if row in found}
-    others = [row for row in BASELINES.values() if row in found]
-    if others:
-        chosen[min(others, key=lambda row: last_distance(found[row]))] = "tab:green"
-    return chosen
-
-
-def draw_row(axis, steps: dict, metric: str, scale: float, label: str, colour: str):
+def draw_row(axis, steps: dict, metric: str, label: str, colour: str):
     """The mean over seeds as a line, the least and the greatest as a band."""
-    x, y = [], []
-    for seeds in steps.values():
-        x.append(statistics.mean(values(seeds, "compute")) / 1000)
-        y.append([scale * value for value in values(seeds, metric)])
+    _, scale = METRICS[metric]
+    x = [statistics.mean(values(seeds, "compute")) / 1000 for seeds in steps.values()]
+    y = [[scale * value for value in values(seeds, metric)] for seeds in steps.values()]
     low, high = [min(part) for part in y], [max(part) for part in y]
     axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
     means = [statistics.mean(part) for part in y]
     axis.plot(x, means, color=colour, label=label, marker="o", markersize=3)
 
 
-def draw(found: dict, real):
-    """FD-CNN and agreement against total compute."""
+def draw(found: dict, rows: list[str], real: list[float] | None):
+    """FD-CNN and agreement of `rows` against total compute; dotted, `real`: those of real images
+    after a round trip through the VAE."""
     figure = new_figure(9, 4.2)
     axes = figure.subplots(1, 2)
-    panels = {"FD-CNN": ("FD-CNN, lower is better", 1), "agreement": ("class asked for, %", 100)}
-    for number, (metric, (title, scale)) in enumerate(panels.items()):
+    panels = {"FD-CNN": "FD-CNN, lower is better", "agreement": "class asked for, %"}
+    for number, (metric, title) in enumerate(panels.items()):
         axis = axes[number]
-        for row, colour in series(found).items():
-            draw_row(axis, found[row], metric, scale, row_title(row), colour)
+        for row in rows:
+            draw_row(axis, found[row], metric, *SERIES[row])
         if real:
-            limit = {"color": "black", "linestyle": ":", "label": "real images through the VAE"}
-            axis.axhline(scale * real[number], **limit)
+            limit = METRICS[metric][1] * real[number]
+            axis.axhline(limit, color="black", linestyle=":", label="real images through the VAE")
         axis.set(ylabel=title, xlabel="total compute, thousands of vanilla steps")
         axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
@@ -285,24 +223,25 @@ def draw(found: dict, real):
 
 @dataclass
 class Settings:
-    runs: str = setting("out/cifar10", "folder of experiments/cifar10.sh")
-    judge: str = setting("", "which judge: classifierJUDGE.pt, judgedJUDGE.json")
-    figure: str = setting("assets/compute.png", "picture to write")
+    runs: str = "out/cifar10"  # folder of experiments/cifar10.sh
+    judge: str = ""  # which judge: classifierJUDGE.pt, judgedJUDGE.json
+    figure: str = "assets/compute.png"  # picture to write; of the larger student: ..._larger.png
 
 
 def main():
     args = models.parse_settings(Settings, __doc__)
-    runs = Path(args.runs)
-    found = find_results(runs, args.judge)
-    real = real_images(runs / f"classifier{args.judge}.pt")
-    say(table(found))
-    if real:
-        say(f"\nReal images through the VAE: FD-CNN {real[0]:.2f}, {100 * real[1]:.1f} %")
-    say("\nMeans of the last 10 lines of the log\n\n" + losses(runs, found))
-    figure = draw(found, real)
-    with models.atomic_write(args.figure) as file:
-        figure.savefig(file, format="png", dpi=100)
-    say(f"\n{args.figure}: what the compute brought", sys.stderr)
+    runs, figure = Path(args.runs), Path(args.figure)
+    found, classifier = find_results(runs, args.judge), runs / f"classifier{args.judge}.pt"
+    real = models.load_file(classifier).get("round_trips") if classifier.is_file() else None
+    for text in (*table(found), "", "In steps of vanilla of the same seed:", "", *worths(found)):
+        say(text)
+    for student in STUDENTS:
+        rows = [row for row in SERIES if row in found and student_of(row) == student]
+        if rows:
+            path = figure.with_stem(f"{figure.stem}_larger") if student else figure
+            with models.atomic_write(path) as file:
+                draw(found, rows, real).savefig(file, format="png", dpi=100)
+            say(f"{path}: what the compute brought")
 
 
 if __name__ == "__main__":

@@ -5,12 +5,16 @@
 Image i is a function of i alone: a figure of random place, size, tilt and colour on white paper.
 """
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import models
+from models import say, setting
 
 
 def polygon(n, r=1.0, turn=0.0, dx=0.0, dy=0.0):
@@ -23,34 +27,28 @@ def rectangle(left, top, right, bottom):
     return np.array([(left, top), (right, top), (right, bottom), (left, bottom)])
 
 
-def star():
-    points = np.stack([polygon(5), polygon(5, 0.42, np.pi / 5)], axis=1)
-    return points.reshape(10, 2)
-
-
 def heart():
     a = np.linspace(0, 2 * np.pi, 60)
     y = 13 * np.cos(a) - 5 * np.cos(2 * a) - 2 * np.cos(3 * a) - np.cos(4 * a)
     return np.stack([np.sin(a) ** 3, -y / 16], axis=1)
 
 
-def arrow():
-    head = [(1, 0), (0.1, -0.8), (0.1, -0.3)]
-    return np.array([*head, (-1, -0.3), (-1, 0.3), (0.1, 0.3), (0.1, 0.8)])
-
+STAR = np.stack([polygon(5), polygon(5, 0.42, np.pi / 5)], axis=1).reshape(10, 2)
+HEAD = [(1, 0), (0.1, -0.8), (0.1, -0.3)]
+ARROW = np.array([*HEAD, (-1, -0.3), (-1, 0.3), (0.1, 0.3), (0.1, 0.8)])
 
 # name -> polygons; those of CUT_OUT lose their second polygon
 SHAPES = {
     "circle": [polygon(60)],
     "square": [rectangle(-0.8, -0.8, 0.8, 0.8)],
     "triangle": [polygon(3)],
-    "star": [star()],
+    "star": [STAR],
     "cross": [rectangle(-0.3, -1, 0.3, 1), rectangle(-1, -0.3, 1, 0.3)],
     "ring": [polygon(60), polygon(60, 0.55)],
     "crescent": [polygon(60), polygon(60, 0.8, 0, 0.5, -0.1)],
     "heart": [heart()],
     "bars": [rectangle(x - 0.2, -0.95, x + 0.2, 0.95) for x in (-0.75, 0, 0.75)],
-    "arrow": [arrow()],
+    "arrow": [ARROW],
 }
 CUT_OUT = {"ring", "crescent"}
 INKS = np.array(  # red, orange, green, blue, violet, black
@@ -78,27 +76,24 @@ def draw_shape(index, size) -> tuple[str, Image.Image]:
 
 
 def write(out, num, size):
-    for name in SHAPES:
-        (Path(out) / name).mkdir(parents=True, exist_ok=True)
     for index in range(num):
         name, image = draw_shape(index, size)
+        (Path(out) / name).mkdir(parents=True, exist_ok=True)
         image.save(Path(out) / name / f"{index:05d}.png")
 
 
+@dataclass
+class Settings:
+    out: str = setting("", positional=True)  # folder to write, one folder a class
+    num: int = setting(10_000, at_least=1)  # drawings in all
+    size: int = setting(32, at_least=8, at_most=4096)  # side in pixels
+
+
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", help="folder to write, one folder a class")
-    parser.add_argument("--num", type=int, default=10000, help="drawings in all (default: 10000)")
-    parser.add_argument("--size", type=int, default=32, help="side in pixels (default: 32)")
-    args = parser.parse_args()
+    args = models.parse_settings(Settings, __doc__)
     write(args.out, args.num, args.size)
-    print(f"{args.out}: {args.num} drawings of {len(SHAPES)} classes, {args.size} px")
+    say(f"{args.out}: {args.num} drawings of {len(SHAPES)} shapes, {args.size} px")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    models.run(main)

@@ -9,16 +9,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import models
-from models import UserError, say, setting
-
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from vae_latents import AutoencoderKL, ResnetBlock, from_uint8, list_images, load_vae
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import models
+from models import UserError, say, setting
+from vae_latents import AutoencoderKL, Images, Progress, ResnetBlock, from_uint8, load_vae
 
 
 def train_small_vae(
@@ -33,7 +32,7 @@ def train_small_vae(
             nn.init.zeros_(module.conv2.weight)
     vae.quant_conv.bias.data[vae.latent_channels :] = -5.0  # a narrow posterior at first
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=0, fused=True)
-    progress = models.Progress("small VAE: step", steps)
+    progress = Progress("small VAE: step", steps)
     for step in range(1, steps + 1):
         batch = from_uint8(images[torch.randint(len(images), (batch_size,)).numpy()]).to(device)
         mean, std = vae.encode(batch)
@@ -52,51 +51,54 @@ def train_small_vae(
     return vae.eval()
 
 
-@torch.no_grad()
-def psnr(vae, images) -> float:
-    """Peak signal-to-noise ratio of round trips, in dB."""
-    device = next(vae.parameters()).device
-    pixels = from_uint8(images).to(device)
-    decoded = vae.decode(vae.encode(pixels)[0]).clamp(-1, 1)
-    return (10 * torch.log10(4 / F.mse_loss(decoded, pixels))).item()
-
-
 @dataclass
 class Settings:
-    images: str = setting("", "DIR/<class>/**/*.jpg", positional=True)
-    out: str = setting("data/small-vae.pt", "file to write")
-    size: int = setting(32, "side in pixels after the crop", at_least=8)
-    factor: int = setting(4, "downsampling of the latents", choices=[2, 4, 8])
-    steps: int = setting(1000, "steps in all", at_least=1)
-    batch_size: int = setting(16, "images in a step", at_least=1)
-    lr: float = setting(2e-3, "AdamW's rate at its highest", above=0)
-    num: int = setting(10_000, "images to learn from, at most", at_least=1)
-    seed: int = setting(0, "seed of the training", at_least=0, at_most=2**63 - 1)
-    device: str = setting("auto", "cpu, cuda or cuda:N; auto is cuda where there is one")
+    images: str = setting("", positional=True)  # DIR/<class>/**/*.jpg
+    out: str = "data/small-vae.pt"  # file to write
+    size: int = setting(32, at_least=8)  # side in pixels after the crop
+    factor: int = setting(4, choices=[2, 4, 8])  # downsampling of the latents
+    steps: int = setting(1000, at_least=1)  # steps in all
+    batch_size: int = setting(16, at_least=1)  # images in a step
+    lr: float = setting(2e-3, above=0)  # AdamW's rate at its highest
+    num: int = setting(10_000, at_least=1)  # images to learn from, at most
+    seed: int = setting(0, at_least=0, at_most=2**63 - 1)  # seed of the training
+    device: str = "auto"  # cpu, cuda or cuda:N; auto is cuda where there is one
+
+
+def read_images(args) -> np.ndarray:
+    """Up to --num of the images, (n, S, S, 3) uint8, drawn by the seed."""
+    source, images = Images(args.images, args.size), []
+    some = np.random.default_rng(args.seed).permutation(len(source))[: args.num]
+    progress = Progress("read", len(some))
+    for number, index in enumerate(some, 1):
+        pixels, _ = source[index]
+        images += [] if pixels is None else [pixels]  # vae_latents.py lists those that are None
+        progress(number)
+    if not images:
+        raise UserError(f"{args.images}: none of its images can be read")
+    return np.stack(images)
 
 
 def main():
     args = models.parse_settings(Settings, __doc__)
+    if args.size % args.factor:
+        raise UserError(f"--size {args.size}: must be a multiple of --factor {args.factor}")
     if Path(args.out).exists():
         load_vae(args.out)
         return say(f"{args.out}: is there already, nothing to do")
-    device, _, _ = models.setup(args.device)
-    source = list_images(args.images, args.size)
-    some, images = np.random.default_rng(args.seed).permutation(len(source))[: args.num], []
-    progress = models.Progress("read", len(some))
-    for number, index in enumerate(some, 1):
-        images += [image for image in source[index][:1] if not isinstance(image, str)]
-        progress(number)
-    if not images:
-        raise UserError(f"{args.images}: none of its images can be read")
-    images = np.stack(images)
-    vae = train_small_vae(
-        images, args.factor, args.steps, args.seed, device, args.batch_size, args.lr
-    )
+    device, images = models.setup(args.device)[0], read_images(args)
+    how = args.factor, args.steps, args.seed, device, args.batch_size, args.lr
+    vae = train_small_vae(images, *how)
+    with torch.no_grad():  # peak signal-to-noise ratio of round trips, in dB
+        pixels = from_uint8(images[:256]).to(device)
+        error = F.mse_loss(vae.decode(vae.encode(pixels)[0]).clamp(-1, 1), pixels)
+        psnr = (10 * torch.log10(4 / error)).item()
+    state = {key: value.cpu() for key, value in vae.state_dict().items()}
+    if not np.isfinite([vae.scale, psnr]).all():  # of weights that are not finite neither is
+        raise UserError(f"--lr {args.lr:g}: the weights are not finite, nothing is saved; lower it")
     with models.atomic_write(args.out) as file:
-        state = {key: value.cpu() for key, value in vae.state_dict().items()}
         torch.save({"model": state, "scale": vae.scale}, file)
-    say(f"{args.out}: round trips of {psnr(vae, images[:256]):.1f} dB PSNR")
+    say(f"{args.out}: round trips of {psnr:.1f} dB PSNR")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 TRAIN = "--model SiT-Ti/8 --batch-size 8 --lr 1e-3 --projector-dim 32 --log-every 2 --save-every 4"
-TRAIN = f"{TRAIN} --device cpu".split()
+TRAIN = f"{TRAIN} --ema-ramp --device cpu".split()  # the average of a few steps is a trained one
 
 
 def script(name, *args, processes=1, env=None, timeout=300):
@@ -49,12 +49,11 @@ def ok(*args, **kwargs):
 @contextlib.contextmanager
 def signals_kept():
     """Training takes the signals of its process over: give them back, or Ctrl-C is lost."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
     try:
         yield
     finally:
-        signal.set_wakeup_fd(-1)
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
 
@@ -97,6 +96,21 @@ def write_folder(path, num=48, classes=10, shape=(4, 16, 16), seed=0, scale=1.0)
     meta.update(channels=channels, height=height, width=width, scale=scale, num_images=num)
     meta.update(vae={"path": "vae.pt", "identity": None})
     (path / "meta.json").write_text(json.dumps(meta))
+    return path
+
+
+def write_checkpoint(path, model, name="SiT-Ti/8", step=7, shift=0.0):
+    """A checkpoint from the documented format; raw weights are the average's plus `shift`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    args = {"model": name, "qk_norm": model.qk_norm, "label_drop": 0.1, "ema": 0.9, "seed": 0}
+    args.update(ema_ramp=True, stage="align", align_weight=0.5, batch_size=8)
+    meta = {"channels": 4, "height": model.input_size, "width": model.input_size, "scale": 1.0}
+    meta.update(classes=[f"class {i}" for i in range(model.num_classes)], identity=None)
+    meta.update(vae={"path": "vae.pt", "identity": None})
+    ema = model.state_dict()
+    raw = {key: value + shift for key, value in ema.items()}
+    content = {"format": 2, "step": step, "args": args, "meta": meta, "model": raw, "ema": ema}
+    torch.save(content, path)
     return path
 
 

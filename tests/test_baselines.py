@@ -3,10 +3,6 @@
 import json
 import math
 import shutil
-import sys
-
-import models
-from models import UserError
 
 import numpy as np
 import pytest
@@ -18,11 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import build_teacher
 import train_stage1
 import train_stage2
-from experiments.baselines import cost, dispersive, repa, repa_features, sra, vae_repa
-from train_stage1 import Losses, batch_indices, draw, make_batch, rows_in_range
+from experiments import report
+from experiments.baselines import common, repa, repa_features, sra
+from models import UserError
+from train_stage1 import Losses, draw, make_batch, rows_in_range
 from vae_latents import LatentFolder
 
-METHODS = {"repa": repa, "sra": sra, "vae": vae_repa, "disp": dispersive}
+METHODS = {"repa": (repa, repa.Repa), "sra": (sra, sra.Sra)}
 B, N, T = 16, 48, 4  # images in a batch, in the folder; tokens of SiT-Ti/8 on latents of side 16
 
 
@@ -57,8 +55,14 @@ def write_images(folder, images):
     (folder / "meta.json").write_text(json.dumps({**meta, "source": str(folder)}))
 
 
-def settings(module, **more):
-    return module.Settings(model="SiT-Ti/8", batch_size=B, projector_dim=32, **more)
+def settings(Loss, **more):
+    args = Loss.Settings(model="SiT-Ti/8", batch_size=B, projector_dim=32, **more)
+    common.complete(args, Loss)
+    return args
+
+
+def in_double(fields):
+    return {name: x.double() if x.is_floating_point() else x for name, x in vars(fields).items()}
 
 
 def computed(loss, folder, ema=None):
@@ -69,20 +73,12 @@ def computed(loss, folder, ema=None):
         loss.ema = ema
     model = filled(seed=1)
     projector = loss.projector(model).double()
-    draws = [x.double() if x.is_floating_point() else x for x in draw(3, B, (4, 16, 16), 0, "cpu")]
-    draws[1] = torch.arange(B) % 3 == 0  # the label drop, so that true and told labels differ
-    draws[4] = torch.linspace(0.1, 0.9, B, dtype=torch.float64).flip(0)  # t' is clamped for some
-    indices = batch_indices(3, B, N, 0)
-    moments = torch.from_numpy(folder.moments[indices]).double()
-    indices = torch.from_numpy(indices)
-    batch = make_batch(indices, moments, folder.labels[indices], draws, 1.0, null_label=10)
-    double = {name: x.double() for name, x in vars(batch).items() if x.is_floating_point()}
-    batch = type(batch)(**{**vars(batch), **double})
-    mean, std = moments.chunk(2, dim=1)
-    batch.x0 = mean + std * draws[2]  # make_batch rounds the moments to float32, once
-    batch.velocity = batch.eps - batch.x0
-    t = batch.t.view(-1, 1, 1, 1)
-    batch.x_t = (1 - t) * batch.x0 + t * batch.eps
+    draws = draw(3, loss.args, folder, "cpu")
+    draws = type(draws)(**in_double(draws))
+    draws.drop = torch.arange(B) % 3 == 0  # so that true and told labels differ
+    draws.u = torch.linspace(0.1, 0.9, B, dtype=torch.float64).flip(0)  # t' is clamped for some
+    batch = make_batch(folder, draws)
+    assert batch.x_t.dtype == torch.float64
     rows = rows_in_range(B, 1, loss.t_min, loss.t_max)
     assert rows == slice(0, B)  # at all t
     losses = Losses(model, projector, loss, rows)
@@ -110,8 +106,8 @@ def close(got, wanted):
 
 @torch.no_grad()
 def test_repa(folder, features):
-    args = settings(repa, features=str(features), repa_depth=3)
-    got, batch, model, projector = computed(repa.Repa(args, 3, 0.5), folder)
+    args = settings(repa.Repa, features=str(features), depth=3)
+    got, batch, model, projector = computed(repa.Repa(args), folder)
     table, wanted = np.load(features).astype(np.float64), 0.0
     for i in range(B):
         answer = projector(one(model, batch.x_t[i], batch.t[i], batch.told[i], 3)).numpy()
@@ -122,8 +118,7 @@ def test_repa(folder, features):
 
 @torch.no_grad()
 def test_sra(folder):
-    args, ema = settings(sra, sra_depth=2, ema_depth=5), filled(seed=2)
-    loss = sra.Sra(args, 2, 0.2)
+    loss, ema = sra.Sra(settings(sra.Sra, depth=2)), filled(seed=2)
     for _ in range(2):  # the second time with an EMA that has moved
         got, batch, model, projector = computed(loss, folder, ema)
         wanted, clamped = 0.0, 0
@@ -141,74 +136,24 @@ def test_sra(folder):
             p.mul_(1.1)
 
 
-@torch.no_grad()
-def test_vae_repa(folder):
-    args = settings(vae_repa, vae_depth=2)
-    got, batch, model, projector = computed(vae_repa.VaeRepa(args, 2, 1.0), folder)
-    wanted = 0.0
-    for i in range(B):
-        answer = projector(one(model, batch.x_t[i], batch.t[i], batch.told[i], 2))
-        latent = torch.empty(4, 16, 16, dtype=torch.float64)
-        for token in range(T):  # rows of patches; within one: row, column, channel
-            row, column = token // 2 * 8, token % 2 * 8
-            patch = answer[token].view(8, 8, 4).permute(2, 0, 1)
-            latent[:, row : row + 8, column : column + 8] = patch
-        wanted += smooth_l1(latent, batch.x0[i]) / B
-    close(got, wanted)
-    layers = [m for m in projector if isinstance(m, torch.nn.Linear)]
-    assert [m.out_features for m in layers] == [256, 256, 256, 256, 8 * 8 * 4]
-
-
-@pytest.mark.parametrize("size,millions", [("B", 8), ("XL", 18)])
-def test_vae_repa_has_the_reported_number_of_parameters(size, millions):
-    with torch.device("meta"):
-        model = models.build(f"SiT-{size}/2")
-        projector = vae_repa.VaeRepa(settings(vae_repa), 2).projector(model)
-    assert int(sum(p.numel() for p in projector.parameters()) / 1e6) == millions
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("more", [{}, {"disp_tau": 2.0}])
-def test_dispersive(more, folder):
-    args, tau = settings(dispersive, disp_depth=2, **more), more.get("disp_tau", 0.5)
-    got, batch, model, _ = computed(dispersive.Dispersive(args, 2, 0.5), folder)
-    z = [one(model, batch.x_t[i], batch.t[i], batch.told[i], 2).flatten() for i in range(B)]
-    total = 0.0
-    for a in z:
-        for b in z:
-            total += math.exp(-((a - b) ** 2).sum().item() / len(a) / tau)
-    assert total > B + 5  # pairs of different images matter
-    close(got, math.log(total / B**2))
-
-
-def test_dispersive_gradient(folder):
-    """Analytic against numeric, at equal images, too, where a distance would have no slope."""
-    loss = dispersive.Dispersive(settings(dispersive), 2)
-    z = torch.randn(4, 3, 5, dtype=torch.float64)
-    z[1] = z[0]
-    z.requires_grad_(True)
-    assert torch.autograd.gradcheck(lambda z: loss.distance(z, None).mean(), [z])
-
-
-def test_default_blocks(monkeypatch):
-    """The papers' blocks for the papers' sizes."""
+def test_the_papers_blocks_and_weights(monkeypatch):
     wanted = {
-        repa: {"B": [4], "L": [8], "XL": [8]},
-        sra: {"B": [3, 8], "L": [6, 16], "XL": [8, 20]},
-        vae_repa: {"B": [2], "L": [8], "XL": [8]},
-        dispersive: {"B": [3], "L": [6], "XL": [7]},
+        "repa": (0.5, {"B": [4], "L": [8], "XL": [8]}),
+        "sra": (0.2, {"B": [3, 8], "L": [6, 16], "XL": [8, 20]}),
     }
-    for module, sizes in wanted.items():
+    seen = []
+    monkeypatch.setattr(common, "train", lambda args, loss: seen.append((args, loss)))
+    for name, (weight, sizes) in wanted.items():
         for size, blocks in sizes.items():
-            seen = []
-            monkeypatch.setattr(module, "train", lambda args, loss, seen=seen: seen.append(loss))
-            monkeypatch.setattr(sys, "argv", ["x", "--model", f"SiT-{size}/2"])
-            module.main()
-            found = [seen[0].depth, *([seen[0].args.ema_depth] if module is sra else [])]
-            assert found == blocks, (module.__name__, size)
-            weight = {repa: 0.5, sra: 0.2, vae_repa: 1.0, dispersive: 0.5}[module]
-            assert (seen[0].weight, seen[0].t_min, seen[0].t_max) == (weight, 0, 1)
-            assert seen[0].until > 4_000_000  # the whole run
+            call(METHODS[name][0], "--model", f"SiT-{size}/2")
+            args, loss = seen.pop()
+            assert [loss.depth, *([loss.ema_depth] if name == "sra" else [])] == blocks
+            assert args.depth == loss.depth and args.out == f"out/{name}"
+            assert (loss.weight, loss.t_min, loss.t_max) == (weight, 0, 1)
+            assert loss.until > 4_000_000  # the whole run
+        call(METHODS[name][0], "--model", "SiT-B/2", "--weight", 3, "--depth", 1, "--out", "x")
+        args, loss = seen.pop()
+        assert (loss.weight, loss.depth, args.out) == (3, 1, "x")
 
 
 # ---- The scripts themselves
@@ -219,7 +164,7 @@ def test_two_steps_and_two_more(name, folder, features, tmp_path):
     out = tmp_path / "run"
     more = ["--features", features] if name == "repa" else []
     for steps in (2, 4):
-        call(METHODS[name], *TRAIN, *more, "--data", folder, "--out", out, "--steps", steps)
+        call(METHODS[name][0], *TRAIN, *more, "--data", folder, "--out", out, "--steps", steps)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
     for line in lines:
@@ -231,8 +176,7 @@ def test_features_of_a_cnn_feed_repa(folder, tmp_path):
     rng = np.random.default_rng(0)
     colours, kinds = rng.integers(0, 256, (10, 1, 1, 3)).astype(np.uint8), rng.integers(0, 10, N)
     write_images(folder, np.tile(colours[kinds], (1, 32, 32, 1)))
-    flags = ["--data", folder, "--model", "SiT-Ti/8", "--device", "cpu"]
-    call(repa_features, *flags, "--encoder", "cnn", "--steps", 3)
+    call(repa_features, "--data", folder, "--model", "SiT-Ti/8", "--steps", 3)
     features = np.load(folder / "cnn.npy").astype(np.float64)
     info = json.loads((folder / "cnn.json").read_text())
     assert features.shape == (N, T, 96) and 0 <= info["accuracy"] <= 1
@@ -245,26 +189,25 @@ def test_features_of_a_cnn_feed_repa(folder, tmp_path):
     assert math.isfinite(json.loads((run / "log.jsonl").read_text())["loss_repa"])
 
 
-def test_token_order_of_the_cnn(folder):
+def test_token_order_of_the_cnn():
     """A white patch changes its own token most: tokens are in the order of the network's."""
-    images = np.zeros((N, 32, 32, 3), np.uint8)
+    images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
     images[1, 8:16, 24:32] = 255  # second row, last column of 4 x 4
-    write_images(folder, images)
-    args = repa_features.Settings(data=str(folder), steps=1)
-    tokens, _ = repa_features.train_cnn(args, LatentFolder(folder), 4, torch.device("cpu"))
-    with torch.no_grad():
-        blank, patch = tokens(np.arange(2))
+    torch.manual_seed(0)
+    blank, patch = repa_features.tokens(repa_features.CNN(10), images, 4)
     assert (patch - blank).abs().mean(dim=1).argmax() == 4 + 3
 
 
-@pytest.mark.parametrize("shape", [(N, T + 5, 24), (N - 1, T, 24), (N, 24)])
+@pytest.mark.parametrize("shape", [(N, T + 5, 24), (N - 1, T, 24), (N, 24), None])
 def test_features_that_do_not_fit(shape, folder, tmp_path):
-    np.save(tmp_path / "wrong.npy", np.zeros(shape, np.float16))
-    flags = ["--data", folder, "--out", tmp_path / "run", "--features", tmp_path / "wrong.npy"]
-    with pytest.raises(UserError, match=rf"not \({N} images, {T} tokens, D_e\); make it"):
+    wrong, says = tmp_path / "wrong.npy", f"not .{N}, {T}. images, tokens; make it with"
+    if shape:
+        np.save(wrong, np.zeros(shape, np.float16))
+    if not shape or len(shape) == 2:
+        says = "wrong.npy: is no array .N, T, D_e.; make it with repa_features.py"
+    flags = ["--data", folder, "--out", tmp_path / "run", "--features", wrong]
+    with pytest.raises(UserError, match=says):
         call(repa, *TRAIN, *flags)
-    with pytest.raises(UserError, match="absent.npy: cannot be read"):
-        call(repa, *TRAIN, *flags[:-1], tmp_path / "absent.npy")
 
 
 def test_other_features_do_not_continue_a_run(folder, features, tmp_path):
@@ -275,24 +218,23 @@ def test_other_features_do_not_continue_a_run(folder, features, tmp_path):
         call(repa, *flags, "--steps", 4)
 
 
-def test_block_that_the_ema_lacks(folder, tmp_path):
-    with pytest.raises(UserError, match="--ema-depth 9: SiT-Ti/8 has blocks 1 to 8"):
-        call(sra, *TRAIN, "--data", folder, "--out", tmp_path / "run", "--ema-depth", 9)
+def test_block_that_the_network_lacks(folder, tmp_path):
+    with pytest.raises(UserError, match="--depth 9: SiT-Ti/8 has blocks 1 to 8"):
+        call(sra, *TRAIN, "--data", folder, "--out", tmp_path / "run", "--depth", 9)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_extra_cost_against_counted_flops(name, folder, features):
     """What torch counts in a step with the loss beyond one without it, backward pass included."""
-    more = {"repa": {"features": str(features)}, "sra": {"ema_depth": 5}}.get(name, {})
-    args = settings(METHODS[name], **more)
-    classes = {"repa": repa.Repa, "sra": sra.Sra, "vae": vae_repa.VaeRepa}
-    loss = classes.get(name, dispersive.Dispersive)(args, 2)
-    loss.prepare(LatentFolder(folder), torch.device("cpu"))
+    more = {"features": str(features)} if name == "repa" else {}
+    Loss = METHODS[name][1]
+    args, latents = settings(Loss, **more), LatentFolder(folder)
+    loss = Loss(args)
+    loss.prepare(latents, torch.device("cpu"))
     model = filled(1).float()
     loss.ema = filled(2).float().eval().requires_grad_(False)
-    draws = draw(0, B, (4, 16, 16), 0, "cpu")
-    indices = torch.arange(B)
-    batch = make_batch(indices, torch.randn(B, 8, 16, 16).abs(), indices % 10, draws, 1.0, 10)
+    batch = make_batch(latents, draw(0, args, latents, "cpu"))
 
     def flops(projector):
         with FlopCounterMode(display=False) as counter:
@@ -303,15 +245,11 @@ def test_extra_cost_against_counted_flops(name, folder, features):
 
     vanilla = 3 * B * model.forward_flops()
     extra = (flops(loss.projector(model)) - flops(None)) / vanilla
-    assert METHODS[name].extra_cost(model, args) == pytest.approx(extra, rel=0.03)
-    assert cost.vanilla_steps(5 * vanilla, model, args) == pytest.approx(5)
+    assert loss.extra_cost(model) == pytest.approx(extra, rel=0.03)
 
 
-def test_report(folder, tmp_path, capsys, monkeypatch):
+def test_report(folder, tmp_path, capsys):
     """The table's total compute is what torch counts in all steps of both stages."""
-    monkeypatch.setattr(models, "SIZES", dict(models.SIZES))  # to which the report adds its own
-    from experiments import report
-
     runs = tmp_path / "runs"
 
     def counted(script, name, *flags):
@@ -325,11 +263,11 @@ def test_report(folder, tmp_path, capsys, monkeypatch):
     call(build_teacher, "--ckpt", runs / "Ti-seed2", "--out", runs / "Ti-seed2/teacher")
     guided = ["--teacher", runs / "Ti-seed2/teacher/teacher.pt", "--guide-steps", 2, "--steps", 3]
     student = counted(train_stage2, "descTi-seed1", *guided, "--t-min", 0, "--t-max", 1)
-    compute = report.compute(runs / "descTi-seed1", 3)
+    compute = report.compute(runs / "descTi-seed1", 3, "SiT-Ti/2")
     assert compute == pytest.approx((teacher + student) / vanilla_step, rel=0.02)
-    stage_1 = report.compute(runs / "Ti-seed2", 2)
+    stage_1 = report.compute(runs / "Ti-seed2", 2, "SiT-Ti/2")
     assert stage_1 == pytest.approx(teacher / vanilla_step, rel=0.01)
-    assert report.compute(runs / "vanilla-seed1", 2) == pytest.approx(2)
+    assert report.compute(runs / "vanilla-seed1", 2, "SiT-Ti/2") == pytest.approx(2)
 
     shutil.copytree(runs / "descTi-seed1", runs / "descTi-seed2")
     judged = {
@@ -344,7 +282,7 @@ def test_report(folder, tmp_path, capsys, monkeypatch):
         path.write_text(json.dumps(figures))
     call(report, "--runs", runs, "--figure", tmp_path / "figure.png")
     lines = capsys.readouterr().out.splitlines()
-    assert "| vanilla SiT | 1 | 2 | 2 | 30.00 | 30.0 | 0.900 | 0.200 |" in lines
+    assert "| vanilla | 1 | 2 | 2 | 30.00 | 30.0 | 0.900 | 0.200 |" in lines
     both = f"1, 2 | 3 | {compute:.0f} | 21.50 ± 2.12 | 45.0 ± 7.1 | 0.900 ± 0.000 | 0.200 ± 0.000"
-    assert f"| as described, Ti teacher | {both} |" in lines
+    assert f"| descTi | {both} |" in lines
     assert Image.open(tmp_path / "figure.png").size == (900, 420)

@@ -7,18 +7,18 @@ import argparse
 import json
 import math
 
-from models import SIZES, UserError, build, load_checkpoint, parse_name
-
+import convert_sit
 import convert_vae
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 import torch.nn as nn
-from conftest import call, ok, script, tiny
+from conftest import call, ok, script, tiny, write_checkpoint
 
 import fid
 import sample as sampling
+from models import SIZES, UserError, build, load_checkpoint, parse_name
 from sample import sample
 from vae_latents import AutoencoderKL, load_vae
 
@@ -45,6 +45,7 @@ def sd_vae():
         down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4,
         norm_num_groups=32,
+        scaling_factor=0.13025,
     ).eval()
     for p in theirs.parameters():
         if p.dim() == 1:  # biases and norms that matter
@@ -53,7 +54,7 @@ def sd_vae():
     with torch.no_grad():
         posterior = theirs.encode(image).latent_dist
         decoded = theirs.decode(posterior.mean).sample
-    return theirs.state_dict(), image, posterior.mean, posterior.std, decoded
+    return theirs, image, posterior.mean, posterior.std, decoded
 
 
 def old_names(state):
@@ -91,14 +92,15 @@ def compvis_names(state):
     return out
 
 
-LAYOUTS = ["new.safetensors", "new.bin", "old.bin", "compvis.ckpt", "compvis.pt"]
+LAYOUTS = ["folder", "new.safetensors", "new.bin", "old.bin", "compvis.ckpt", "compvis.pt"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_vae_equals_diffusers(sd_vae, layout, tmp_path):
-    state, image, mean, std, decoded = sd_vae
-    path = tmp_path / layout
+    """As diffusers saves it, and as it was published otherwise, converted; the scale is theirs."""
+    theirs, image, mean, std, decoded = sd_vae
+    state, path, scale = theirs.state_dict(), tmp_path / layout, ["--scale", 0.18215]
     if layout.startswith("old"):
         state = old_names(state)
         assert any(".query." in key for key in state)
@@ -112,22 +114,23 @@ def test_vae_equals_diffusers(sd_vae, layout, tmp_path):
             state = {"state_dict": state, "global_step": 3}
         else:
             state["loss.logvar"] = torch.zeros(())
-    if layout.endswith("safetensors"):
+    if layout == "folder":
+        theirs.save_pretrained(path)
+        scale = []  # it is in their config.json
+    elif layout.endswith("safetensors"):
         pytest.importorskip("safetensors.torch").save_file(state, path)
     else:
         torch.save(state, path)
-    if layout.startswith("compvis"):  # takes a conversion
-        with pytest.raises(UserError, match=path.name):
-            load_vae(path)
-        call(convert_vae, path, tmp_path / "converted.pt")
-        path = tmp_path / "converted.pt"
-    ours = load_vae(path)
+    with pytest.raises(UserError, match=path.name + ("" if path.is_dir() else ".*convert_")):
+        load_vae(path)  # takes a conversion
+    call(convert_vae, path, tmp_path / "converted.pt", *scale)
+    ours = load_vae(tmp_path / "converted.pt")
     with torch.no_grad():
         pairs = [*zip(ours.encode(image), (mean, std), strict=True), (ours.decode(mean), decoded)]
     differences = [largest(got, want) for got, want in pairs]
     print("VAE", layout, *(f"{d:.1e}" for d in differences))
     assert max(differences) < 1e-4
-    assert ours.scale == 0.18215
+    assert ours.scale == (0.13025 if layout == "folder" else 0.18215)
 
 
 def test_vae_clamps_the_log_variance():
@@ -151,14 +154,22 @@ def refused(load, path, kind, *tensors):
     assert next(iter(heads.values())) not in message
 
 
-def test_vae_with_missing_or_unknown_tensors_is_refused_by_name(tmp_path):
-    state = AutoencoderKL((16, 32), layers=1).state_dict()
+@pytest.mark.parametrize("converted", [False, True])
+def test_vae_with_missing_or_unknown_tensors_is_refused_by_name(converted, tmp_path):
+    state, out = AutoencoderKL((16, 32), layers=1).state_dict(), tmp_path / "out.pt"
     missing, unknown = tmp_path / "missing.pt", tmp_path / "unknown.pt"
-    torch.save({k: v for k, v in state.items() if "decoder.conv_in" not in k}, missing)
-    torch.save({**state, "decoder.surprise.weight": torch.zeros(1)}, unknown)
+    lacking = {k: v for k, v in state.items() if "decoder.conv_in" not in k}
+    more = {**state, "decoder.surprise.weight": torch.zeros(1)}
+    for path, tensors in ((missing, lacking), (unknown, more)):
+        torch.save(tensors if converted else {"model": tensors, "scale": 0.5}, path)
+
+    def load(path):
+        call(convert_vae, path, out, "--scale", 0.5) if converted else load_vae(path)
+
     gone = ("decoder.conv_in.weight", "decoder.conv_in.bias")
-    refused(load_vae, missing, "missing", *gone)
-    refused(load_vae, unknown, "unknown", "decoder.surprise.weight")
+    refused(load, missing, "missing", *gone)
+    refused(load, unknown, "unknown", "decoder.surprise.weight")
+    assert not out.exists()
 
 
 # ---- SiT against a model put together from timm's parts, as REPA's is
@@ -214,7 +225,7 @@ SIT_S = pytest.param("SiT-S/2", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
-@pytest.mark.parametrize("name", [SIT_S, "SiT-Ti/4", "SiT-N/1"])
+@pytest.mark.parametrize("name", [SIT_S, "SiT-Ti/4", "SiT-N/1", "SiT-P/2"])
 def test_sit_equals_one_made_of_timm(name, qk_norm):
     torch.manual_seed(0)
     (size, patch), side = parse_name(name), 8 if name.endswith("/1") else 16
@@ -229,9 +240,9 @@ def test_sit_equals_one_made_of_timm(name, qk_norm):
     x, t = torch.randn(3, 4, side, side).double(), torch.rand(3).double()
     y = torch.tensor([0, 999, 1000])
     with torch.no_grad():
-        (v1, tokens), (v2, h2) = ours(x, t, y, taps=[5]), theirs(x, t, y, tap=5)
-    print("SiT", name, qk_norm, f"{largest(v1, v2):.1e} {largest(tokens[5], h2):.1e}")
-    assert largest(v1, v2) < 1e-9 and largest(tokens[5], h2) < 1e-9
+        (v1, tokens), (v2, h2) = ours(x, t, y, taps=[3]), theirs(x, t, y, tap=3)
+    print("SiT", name, qk_norm, f"{largest(v1, v2):.1e} {largest(tokens[3], h2):.1e}")
+    assert largest(v1, v2) < 1e-9 and largest(tokens[3], h2) < 1e-9
 
 
 def test_position_table_is_mae_and_dits():
@@ -254,10 +265,30 @@ PROJECTORS = {
 }
 
 
+# What REPA's own checkpoints say in their args, and what a user says of one that says nothing
+SAYS = {"path_type": "linear", "prediction": "v", "cfg_prob": 0.1, "num_classes": 7, "lr": 1e-4}
+SAID = ["--classes", 7, "--path", "linear", "--prediction", "v"]
+
+
 @pytest.fixture(scope="module")
 def foreign():
     model = tiny(num_classes=7)
     return model, {**model.state_dict(), **PROJECTORS}
+
+
+@pytest.fixture(scope="module")
+def vae_file(tmp_path_factory):
+    vae = AutoencoderKL((8, 16), layers=1)
+    path = tmp_path_factory.mktemp("vae") / "vae.pt"
+    torch.save({"model": vae.state_dict(), "scale": 0.5}, path)
+    return path
+
+
+def converted(source, vae, *flags):
+    """The checkpoint that convert_sit.py makes of `source`."""
+    out = source.with_name(f"ours-{source.name}")
+    call(convert_sit, source, out, "--vae", vae, *flags)
+    return out
 
 
 def same_weights(a, b):
@@ -266,11 +297,11 @@ def same_weights(a, b):
 
 
 @pytest.mark.parametrize("layout", ["repa", "bare", "module", "compiled"])
-def test_foreign_checkpoints_load(foreign, layout, tmp_path):
+def test_foreign_checkpoints_load(foreign, vae_file, layout, tmp_path):
     model, state = foreign
-    path = tmp_path / "their.pt"
+    path, flags = tmp_path / "their.pt", [] if layout == "repa" else SAID
     repa = {"model": {k: v + 1 for k, v in state.items()}, "ema": state, "opt": {"state": {}}}
-    repa.update(args=argparse.Namespace(model="SiT-Ti/8", lr=1e-4), steps=400000)
+    repa.update(args=argparse.Namespace(model="SiT-Ti/8", **SAYS), steps=400000)
     layouts = {
         "repa": repa,
         "bare": state,
@@ -278,77 +309,95 @@ def test_foreign_checkpoints_load(foreign, layout, tmp_path):
         "compiled": {"ema": {"module._orig_mod." + k: v for k, v in state.items()}},
     }
     torch.save(layouts[layout], path)
-    loaded, file = load_checkpoint(path)
-    assert (loaded.num_classes, loaded.name, loaded.training) == (7, "SiT-Ti/8", False)
+    with pytest.raises(UserError, match="their.pt.*convert_"):
+        load_checkpoint(path)
+    ours = converted(path, vae_file, *flags)
+    loaded, saved = load_checkpoint(ours)
+    assert (loaded.num_classes, saved["args"]["model"], loaded.training) == (7, "SiT-Ti/8", False)
+    assert saved["args"]["label_drop"] == 0.1 and saved["args"]["qk_norm"]
+    meta = saved["meta"]
+    assert (meta["channels"], meta["height"], meta["scale"]) == (4, 16, 0.5)
+    assert meta["vae"] == {"path": str(vae_file), "identity": load_vae(vae_file).identity()}
     assert same_weights(loaded, model)
     if layout == "repa":  # --weights model takes the others
-        assert file["steps"] == 400000 and file["args"].model == "SiT-Ti/8"
-        raw = load_checkpoint(path, weights="model")[0]
+        assert saved["step"] == 400000
+        raw = load_checkpoint(ours, weights="model")[0]
         shifted = {key: value + 1 for key, value in model.state_dict().items()}
         assert all(torch.equal(value, shifted[key]) for key, value in raw.state_dict().items())
 
 
 @pytest.mark.parametrize("prefix", ["projectors.", "projectors_final."])
 @pytest.mark.parametrize("wrapper", ["", "module."])
-def test_projectors_of_either_name_are_ignored(foreign, prefix, wrapper, tmp_path):
+def test_projectors_of_either_name_are_ignored(foreign, vae_file, prefix, wrapper, tmp_path):
     state = foreign[0].state_dict()
     heads = {key: value for key, value in PROJECTORS.items() if key.startswith(prefix)}
     assert len(heads) == 2
     whole = {wrapper + key: value for key, value in {**state, **heads}.items()}
     torch.save({"ema": whole}, tmp_path / "a.pt")
-    assert same_weights(load_checkpoint(tmp_path / "a.pt")[0], foreign[0])
+    assert same_weights(
+        load_checkpoint(converted(tmp_path / "a.pt", vae_file, *SAID))[0], foreign[0]
+    )
 
 
-def test_a_runs_folder_stands_for_its_newest_checkpoint(foreign, tmp_path):
+def test_a_runs_folder_stands_for_its_newest_checkpoint(tmp_path):
     """Numbers are compared, not names; other files are the user's."""
-    model, state = foreign
-    older = {key: value + 1 for key, value in state.items()}
-    for name, weights in (
-        ("ckpt-9999999.pt", older),
-        ("ckpt-10000000.pt", state),
-        ("ckpt-0000012.pt", older),
-        ("ckpt-best.pt", older),
-        ("ckpt-99999999-copy.pt", older),
+    older, newest = tiny(num_classes=7, seed=1), tiny(num_classes=7)
+    for name, step, model in (
+        ("ckpt-9999999.pt", 9_999_999, older),
+        ("ckpt-10000000.pt", 10_000_000, newest),
+        ("ckpt-0000012.pt", 12, older),
+        ("ckpt-best.pt", 5, older),
+        ("ckpt-99999999-copy.pt", 6, older),
     ):
-        torch.save({"ema": weights, "step": name}, tmp_path / name)
-    loaded, file = load_checkpoint(tmp_path)
-    assert file["step"] == "ckpt-10000000.pt" and same_weights(loaded, model)
-    assert load_checkpoint(tmp_path / "ckpt-best.pt")[1]["step"] == "ckpt-best.pt"
+        write_checkpoint(tmp_path / name, model, step=step)
+    loaded, saved = load_checkpoint(tmp_path)
+    assert saved["step"] == 10_000_000 and same_weights(loaded, newest)
+    assert load_checkpoint(tmp_path / "ckpt-best.pt")[1]["step"] == 5
     with pytest.raises(UserError, match="empty"):
         (tmp_path / "empty").mkdir()
         load_checkpoint(tmp_path / "empty")
 
 
-def test_foreign_checkpoint_with_a_stranger_is_refused_by_name(foreign, tmp_path):
+def test_foreign_checkpoint_with_a_stranger_is_refused_by_name(foreign, vae_file, tmp_path):
     _, state = foreign
     torch.save({"ema": {**state, "blocks.0.extra": torch.zeros(1)}}, tmp_path / "a.pt")
-    refused(load_checkpoint, tmp_path / "a.pt", "unknown", "blocks.0.extra")
-    lacking = {k: v for k, v in state.items() if k != "final_layer.linear.bias"}
+    lacking = {k: v for k, v in state.items() if k != "final_layer.linear.weight"}
     torch.save({"ema": lacking}, tmp_path / "b.pt")
-    refused(load_checkpoint, tmp_path / "b.pt", "missing", "final_layer.linear.bias")
+
+    def load(path):
+        converted(path, vae_file, *SAID)
+
+    refused(load, tmp_path / "a.pt", "unknown", "blocks.0.extra")
+    refused(load, tmp_path / "b.pt", "missing", "final_layer.linear.weight")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "b.pt"]
 
 
-def test_a_foreign_checkpoint_of_no_known_size_is_refused(foreign, tmp_path):
+def test_a_foreign_checkpoint_of_no_known_size_is_refused(foreign, vae_file, tmp_path):
     shallow = {k: v for k, v in foreign[1].items() if not k.startswith("blocks.7.")}
     torch.save({"ema": shallow}, tmp_path / "seven.pt")
     assert not any(size[:2] == (7, 128) for size in SIZES.values())
-    with pytest.raises(UserError, match="seven.pt|no such size") as caught:
-        load_checkpoint(tmp_path / "seven.pt")
+    with pytest.raises(UserError, match="seven.pt") as caught:
+        converted(tmp_path / "seven.pt", vae_file, *SAID)
     assert "7" in str(caught.value) and "128" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow
-def test_a_foreign_checkpoint_samples(foreign, tmp_path):
-    """python sample.py --ckpt their.pt --vae ..., the README's command, at a small size."""
-    file = {"ema": foreign[1], "args": argparse.Namespace(), "steps": 1}
-    torch.save(file, tmp_path / "their.pt")
-    torch.save(AutoencoderKL((8, 16), layers=1).state_dict(), tmp_path / "vae.bin")
-    args = ["--ckpt", tmp_path / "their.pt", "--num", 3, "--steps", 2, "--device", "cpu"]
-    ok("sample.py", *args, "--vae", tmp_path / "vae.bin", "--out", tmp_path / "out")
-    assert np.load(tmp_path / "out/samples.npz")["arr_0"].shape == (3, 32, 32, 3)
+def test_a_foreign_checkpoint_samples(foreign, vae_file, tmp_path):
+    """convert_sit.py SOURCE OUT --vae ..., then sample.py --ckpt OUT: the same as at full size."""
+    says = argparse.Namespace(**SAYS)
+    torch.save({"ema": foreign[1], "args": says, "steps": 10**5}, tmp_path / "their.pt")
+    vae = tmp_path / "vae.pt"
+    vae.write_bytes(vae_file.read_bytes())
+    ok("experiments/convert_sit.py", tmp_path / "their.pt", tmp_path / "ours.pt", "--vae", vae)
+    args = ["--ckpt", tmp_path / "ours.pt", "--num-images", 3, "--steps", 2, "--device", "cpu"]
+    ok("sample.py", *args, "--out", tmp_path / "out")
+    with np.load(tmp_path / "out/samples.npz") as samples:
+        assert samples["arr_0"].shape == (3, 32, 32, 3)
+    vae.rename(tmp_path / "moved.pt")
     result = script("sample.py", *args, "--out", tmp_path / "out2")
     assert result.returncode == 2 and "--vae" in result.stderr
+    ok("sample.py", *args, "--out", tmp_path / "out2", "--vae", tmp_path / "moved.pt")
 
 
 # ---- the samplers against their equations in float64

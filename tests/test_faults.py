@@ -1,6 +1,7 @@
 """Nothing is lost, nothing hangs: kills, processes, signals, full disks, closed pipes, NaN."""
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -9,17 +10,19 @@ import socket
 import subprocess
 import sys
 import textwrap
-
-import models
-from models import UserError
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TRAIN, call, ok, script, write_folder
+from conftest import ROOT, TRAIN, call, ok, script, signals_kept, write_folder
 
+import models
 import train_stage1
 import train_stage2
+from models import UserError
+from vae_latents import LatentFolder
 
 STEPS = 40
 pytestmark = pytest.mark.slow
@@ -44,7 +47,7 @@ def same(a, b):
 
 def assert_same_run(a, b):
     x, y = state(a), state(b)
-    for key in ("step", "model", "ema", "projector", "opt", "sums"):
+    for key in ("step", "model", "ema", "projector", "opt", "projector_opt", "sums"):
         assert same(x[key], y[key]), key
     assert (a / "log.jsonl").read_bytes() == (b / "log.jsonl").read_bytes()
 
@@ -121,16 +124,29 @@ def teacher(data, tmp_path_factory):
     return out / "teacher.pt"
 
 
+BETWEEN = ["--log-every", 3]
+
+
+@pytest.fixture(scope="module")
+def whole(data, teacher, tmp_path_factory):
+    """The uninterrupted runs of both stages, by stage. A line of the log is of steps on both sides
+    of a checkpoint."""
+    out = tmp_path_factory.mktemp("whole")
+    for stage in (1, 2):
+        with signals_kept():
+            finish(stage, data, out / str(stage), teacher, extra=BETWEEN)
+    return {stage: out / str(stage) for stage in (1, 2)}
+
+
 # ---- kills and continuing
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_killed_runs_equal_the_uninterrupted_one(stage, data, teacher, tmp_path):
+def test_killed_runs_equal_the_uninterrupted_one(stage, data, teacher, whole, tmp_path):
     """kill -9 before, while and after a checkpoint is written; on both sides of guidance's end."""
-    finish(stage, data, tmp_path / "whole", teacher)
     out = tmp_path / "killed"
     for sign in ("ckpt-0000004.pt.tmp", "ckpt-0000016.pt", "ckpt-0000024.pt.tmp"):
-        process = start(stage, data, out, teacher)
+        process = start(stage, data, out, teacher, extra=BETWEEN)
         while process.poll() is None and not (out / sign).exists():
             pass
         with contextlib.suppress(ProcessLookupError):
@@ -139,29 +155,27 @@ def test_killed_runs_equal_the_uninterrupted_one(stage, data, teacher, tmp_path)
         if models.checkpoints(out):
             state(out)  # whole, whatever the moment
     (out / "ckpt-0000015.pt.tmp").touch()  # of a signal's save that was killed: no step to save
-    finish(stage, data, out, teacher)
-    assert_same_run(tmp_path / "whole", out)
+    finish(stage, data, out, teacher, extra=BETWEEN)
+    assert_same_run(whole[stage], out)
     assert not list(out.glob("*.tmp"))
 
 
-def test_resume_across_the_end_of_guidance(data, teacher, tmp_path):
-    finish(2, data, tmp_path / "whole", teacher)
+def test_resume_across_the_end_of_guidance(data, teacher, whole, tmp_path):
     for steps in (18, 20, 24):  # guidance ends after 20
-        extra = ["--steps", steps, "--guide-steps", STEPS // 2]
+        extra = [*BETWEEN, "--steps", steps, "--guide-steps", STEPS // 2]
         finish(2, data, tmp_path / "parts", teacher, extra=extra)
-    finish(2, data, tmp_path / "parts", tmp_path / "no-teacher.pt")  # it is not needed now
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    no_teacher = tmp_path / "no-teacher.pt"  # it is not needed now
+    finish(2, data, tmp_path / "parts", no_teacher, extra=BETWEEN)
+    assert_same_run(whole[2], tmp_path / "parts")
 
 
-def test_a_checkpoint_of_before_that_kept_its_projector_continues(data, teacher, tmp_path):
-    """Version 1 kept projector and its moments after guidance had ended."""
+def test_what_guided_the_last_step_is_saved_and_then_dropped(data, teacher, tmp_path):
     finish(2, data, tmp_path / "a", teacher, extra=["--steps", 20])
     saved = state(tmp_path / "a")
-    assert saved["projector"] and len(saved["opt"]["param_groups"][0]["params"]) > len(
-        [key for key in saved["model"] if key != "pos_embed"]
-    )
+    assert saved["projector"] and saved["projector_opt"]["state"]
     finish(2, data, tmp_path / "a", teacher)
-    assert state(tmp_path / "a")["projector"] is None
+    saved = state(tmp_path / "a")
+    assert saved["projector"] is None and saved["projector_opt"] is None
 
 
 WAYS = {"2 processes": (2, 1), "4 processes": (4, 1), "accum 4": (1, 4), "2 then 1": (2, 2)}
@@ -186,23 +200,25 @@ def test_processes_and_accumulation_walk_the_same_trajectory(stage, ways, data, 
     assert difference < 1e-5
 
 
-def test_each_image_gets_the_same_draws_on_any_number_of_processes():
-    from train_stage1 import batch_indices, draw
-
-    whole, indices = draw(5, 16, (4, 8, 8), 3, "cpu"), batch_indices(5, 16, 100, 3)
+def test_each_image_gets_the_same_draws_on_any_number_of_processes(data):
+    args = types.SimpleNamespace(batch_size=16, seed=3, label_drop=0.5)
+    whole = train_stage1.draw(5, args, LatentFolder(data), "cpu")
+    names = vars(whole).keys()
+    assert {"indices", "t", "drop", "posterior", "eps"} <= names
     for ways in (2, 4, 8):
         for way in range(ways):
-            for i, image in enumerate(indices[way::ways]):
-                place = np.flatnonzero(indices == image)[0]
-                assert all(torch.equal(full[way::ways][i], full[place]) for full in whole)
+            share = whole[way::ways]
+            for i, image in enumerate(share.indices):
+                (place,) = (whole.indices == image).nonzero()[0]
+                for name in names:
+                    assert torch.equal(getattr(share, name)[i], getattr(whole, name)[place]), name
 
 
 # ---- signals
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
-def test_a_signal_saves_and_leaves_and_the_run_continues(name, data, tmp_path):
-    finish(1, data, tmp_path / "whole")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+def test_a_signal_saves_and_leaves_and_the_run_continues(name, data, whole, tmp_path):
     extra = ["--log-every", 1, "--save-every", 1000]
     process = start(1, data, tmp_path / "out", steps=100000, extra=extra)
     wait_for(process.stdout, "step 3/")
@@ -212,7 +228,7 @@ def test_a_signal_saves_and_leaves_and_the_run_continues(name, data, tmp_path):
     assert process.returncode == 143 and not err and state(tmp_path / "out")["step"] == stopped
     if stopped < STEPS:
         finish(1, data, tmp_path / "out", extra=["--log-every", 2])
-        x, y = state(tmp_path / "whole"), state(tmp_path / "out")
+        x, y = state(whole[1]), state(tmp_path / "out")
         assert same(x["model"], y["model"]) and same(x["opt"], y["opt"])
 
 
@@ -243,50 +259,37 @@ def test_nohup_is_respected(data, tmp_path):
     assert "done at step 40" in process.communicate(timeout=120)[0] and process.returncode == 0
 
 
-def test_a_second_signal_leaves_at_once(data, tmp_path):
+SECOND = {"SIGINT": 130, "SIGTERM": -signal.SIGTERM}  # what Python does with each
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_a_second_signal_leaves_at_once(name, data, tmp_path):
     """Within one step of 64 parts: it does not wait for the step's end, and saves nothing."""
     extra = ["--batch-size", 384, "--accum", 64, "--model", "SiT-S/2"]
     process = start(1, data, tmp_path / "out", steps=100000, extra=extra)
     wait_for(process.stdout, "steps 0")
     while process.poll() is None:  # two within a second count as one, for torchrun doubles each
-        process.send_signal(signal.SIGINT)
+        process.send_signal(getattr(signal, name))
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=0.5)
-    assert process.returncode == 130 and "saved since step 0" in process.stderr.read()
+            process.wait(timeout=3)  # a third would find Python at its end, and kill it
+    assert process.returncode == SECOND[name] and process.stderr.read() == ""
     assert not models.checkpoints(tmp_path / "out")
 
 
-MOMENTS = [
-    ("train_stage2", "argparse"),
-    ("train_stage2", "torch"),
-    ("train_stage2", "train_stage1"),
-    ("vae_latents", "PIL"),
-    ("sample", "torch"),
-    ("fid", "scipy.linalg"),
-]
-
-
-@pytest.mark.parametrize("name,module", MOMENTS)
-def test_ctrl_c_before_there_is_anything_to_save_is_quiet(name, module):
-    """Sent by the process itself as it imports something: no traceback, at any moment. Torch's
-    import goes on to its end, for a KeyboardInterrupt in its C++ code would abort the process."""
-    code = f"""
-        import builtins, os, runpy, signal, sys
-        real = builtins.__import__
-        def fake(module, *rest, **more):
-            if module == {module!r} and "models" in sys.modules:
-                os.kill(os.getpid(), signal.SIGINT)
-                print("went on")
-            return real(module, *rest, **more)
-        builtins.__import__ = fake
-        sys.argv = ["{name}.py", "--help"]
-        sys.path.insert(0, {str(ROOT)!r})
-        runpy.run_path({str(ROOT / (name + ".py"))!r}, run_name="__main__")
-    """
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode in (-2, 130) and result.stderr == "", result.stderr
-    assert ("went on" in result.stdout) == (module in ("argparse", "torch"))  # models imports these
+def test_two_signals_within_a_moment_are_one(monkeypatch):
+    """Torchrun sends its processes what the terminal sent them already."""
+    stop, now = train_stage1.Stop(), [100.0]
+    monkeypatch.setattr(train_stage1.time, "time", lambda: now[0])
+    killed = []
+    monkeypatch.setattr(train_stage1.os, "kill", lambda pid, number: killed.append(number))
+    assert not stop.asked_anywhere(1)
+    stop.hear(signal.SIGTERM, None)
+    now[0] += 0.5
+    stop.hear(signal.SIGTERM, None)
+    assert stop.asked_anywhere(1) and not killed
+    now[0] += 1
+    stop.hear(signal.SIGTERM, None)
+    assert killed == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 # ---- processes that fail
@@ -319,6 +322,35 @@ def test_one_of_two_processes_fails_and_all_are_gone(kind, data, tmp_path):
         tmp_path / "faulty.py", *flags(1, data, tmp_path / "out"), processes=2, timeout=60
     )
     assert result.returncode != 0 and FAULTS[kind][1] in result.stderr, result.stderr
+
+
+def test_all_processes_learn_of_a_failed_save(data, tmp_path):
+    """The one that writes is told by the disk, the other by the one that writes."""
+    code = f"""
+        import os, pathlib, sys
+        sys.path.insert(0, {str(ROOT)!r})
+        import models, train_stage1
+        write = models.atomic_write
+        def full(path):
+            if "ckpt-" in str(path):
+                raise models.UserError("the disk is full")
+            return write(path)
+        models.atomic_write = full
+        def main():
+            try:
+                train_stage1.main()
+            except models.UserError as error:
+                pathlib.Path({str(tmp_path)!r}, "told " + os.environ["RANK"]).write_text(str(error))
+                raise
+        models.run(main)
+    """
+    (tmp_path / "faulty.py").write_text(textwrap.dedent(code))
+    given = flags(1, data, tmp_path / "out", steps=8)
+    result = script(tmp_path / "faulty.py", *given, processes=2, timeout=60)
+    assert result.returncode != 0 and "error: stopped after step 4" in result.stderr
+    told = [(tmp_path / f"told {rank}").read_text() for rank in range(2)]
+    assert told[0] == told[1] and "the disk is full" in told[0]
+    assert not models.checkpoints(tmp_path / "out")
 
 
 def test_a_readers_exception_arrives_at_once(data, tmp_path, monkeypatch):
@@ -372,7 +404,70 @@ def test_two_runs_on_one_folder(data, tmp_path):
     finish(1, data, tmp_path / "out", steps=2)
 
 
+def test_a_file_system_without_locks_is_a_warning(data, runs, tmp_path, monkeypatch, capsys):
+    """And another error of a lock is not taken for another run."""
+    import sample
+
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(models.fcntl, "lockf", no_locks)
+    finish(1, data, tmp_path / "out", steps=2)
+    finish(1, data, tmp_path / "out", steps=4)
+    said = [line for line in capsys.readouterr().err.splitlines() if "locks" in line]
+    assert len(said) == 2 and all(str(tmp_path / "out") in line for line in said)
+    assert state(tmp_path / "out")["step"] == 4
+    call(sample, "--ckpt", runs / "stage2", "--num", 2, *SAMPLE, "--out", tmp_path / "samples")
+    assert f"warning: {tmp_path}/samples" in capsys.readouterr().err
+    monkeypatch.setattr(models.fcntl, "lockf", lambda *args: (_ for _ in ()).throw(BlockingIOError))
+    with pytest.raises(UserError, match="another run is at work there"):
+        finish(1, data, tmp_path / "out", steps=6)
+
+
 # ---- disks, pipes and files
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_nothing_of_a_run_stays_mapped_to_a_file(stage, data, teacher, tmp_path, monkeypatch):
+    """A continued run lets its checkpoint go: deleted, it would still fill the disk. Seen from the
+    operating system, in the first step."""
+    shutil.copy(teacher, tmp_path / "teacher.pt")
+    out, update, maps = tmp_path / "out", train_stage1.State.update, []
+    finish(stage, data, out, tmp_path / "teacher.pt", steps=12, extra=["--steps", 4])
+
+    def watched(self, *args):
+        mapped = Path("/proc/self/maps").read_text().splitlines()
+        maps.append([line for line in mapped if f"{tmp_path}/" in line])
+        update(self, *args)
+
+    monkeypatch.setattr(train_stage1.State, "update", watched)
+    extra = ["--steps", 6, "--keep", 1]
+    finish(stage, data, out, tmp_path / "teacher.pt", steps=12, extra=extra)
+    assert maps == [[], []]
+    assert [file.name for file in models.checkpoints(out)] == ["ckpt-0000006.pt"]
+
+
+def test_a_file_is_the_old_one_until_it_is_whole(tmp_path, monkeypatch):
+    """What is written is on the disk before it has its name; a fault leaves nothing of it."""
+    path, order = tmp_path / "deep/file", []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(models.os, name, lambda *a, n=name, f=real: (order.append(n), f(*a)))
+    with models.atomic_write(path) as file:
+        file.write(b"first")
+        file.flush()
+        assert not path.exists()
+    assert path.read_bytes() == b"first" and order == ["fsync", "replace"]
+    for error in (OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()):
+        with pytest.raises((UserError, KeyboardInterrupt)), models.atomic_write(path) as file:
+            file.write(b"sec")
+            file.flush()
+            assert path.read_bytes() == b"first"
+            raise error
+        assert path.read_bytes() == b"first"
+    with models.atomic_write(path) as file:
+        file.write(b"second")
+    assert path.read_bytes() == b"second" and os.listdir(path.parent) == ["file"]
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(data, tmp_path):
@@ -420,24 +515,34 @@ def test_only_the_runs_own_checkpoints_are_removed(data, tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_not_a_number_stops_without_saving(processes, tmp_path):
-    """One poisoned latent, past the check that opening the folder makes (1 row in 2)."""
-    folder = write_folder(tmp_path / "data", num=8192)
+    """One poisoned latent: nothing of its step is logged or saved, and what there is stays."""
+    folder = write_folder(tmp_path / "data")
+    finish(1, folder, tmp_path / "out", steps=4)
+    before = newest(tmp_path / "out").read_bytes(), (tmp_path / "out/log.jsonl").read_bytes()
     moments = np.load(folder / "moments.npy", mmap_mode="r+")
-    indices = train_stage1.batch_indices(5, 8, 8192, 0)
-    moments[next(i for i in indices if i % 2)] = np.nan  # first seen in step 6
+    first = {*train_stage1.batch_indices(5, 8, 48, 0)}  # not among the 48 whose hash is taken
+    moments[min(first)] = np.nan  # seen in step 6 alone: an epoch is 6 steps
     moments.flush()
+    saved = state(tmp_path / "out")
+    saved["meta"]["identity"] = LatentFolder(folder).meta["identity"]
+    torch.save(saved, newest(tmp_path / "out"))
+    before = newest(tmp_path / "out").read_bytes(), before[1]
     process = start(1, folder, tmp_path / "out", processes=processes)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == (3 if processes == 1 else 1), err  # torchrun's own status
+    assert process.returncode == (2 if processes == 1 else 1), err  # torchrun's own status
     message = next(line for line in err.splitlines() if "not finite" in line)
     assert "a step from 5 to 6 is not finite" in message and "ckpt-0000004.pt" in message
-    if processes == 1:
-        assert err.count("\n") == 1
-    saved = state(tmp_path / "out")
-    assert saved["step"] == 4 and all(p.isfinite().all() for p in saved["model"].values())
-    with pytest.raises(SystemExit):  # --log-every 1 finds the step
-        finish(1, folder, tmp_path / "out", extra=["--log-every", 1])
-    assert (tmp_path / "out/log.jsonl").read_text().splitlines()[-1].startswith('{"step": 5')
+    assert processes > 1 or err.count("\n") == 1, err
+    assert [file.name for file in models.checkpoints(tmp_path / "out")] == ["ckpt-0000004.pt"]
+    assert newest(tmp_path / "out").read_bytes() == before[0]
+    assert (tmp_path / "out/log.jsonl").read_bytes() == before[1]
+    with pytest.raises(UserError, match="a step from 6 to 6 is not finite"):
+        finish(1, folder, tmp_path / "out", extra=["--log-every", 1])  # finds the step
+    log = (tmp_path / "out/log.jsonl").read_bytes()
+    assert log.startswith(before[1]) and b'{"step": 5' in log and b'{"step": 6' not in log
+    with pytest.raises(UserError, match="not finite"):  # nor at a signal or a save
+        finish(1, folder, tmp_path / "out", extra=["--log-every", 100, "--save-every", 6])
+    assert newest(tmp_path / "out").read_bytes() == before[0]
 
 
 # ---- sampling
@@ -494,13 +599,14 @@ def test_images_of_latents_that_are_not_finite_are_not_written(runs, tmp_path, m
     assert not (tmp_path / "a/samples.npz").exists()
 
 
-def test_a_change_that_was_never_saved_leaves_the_log(data, tmp_path):
-    """Continued with another rate, killed before the next save, continued with the old one."""
+def test_what_was_never_saved_leaves_the_log(data, tmp_path):
+    """Killed before its next save: what came after the checkpoint comes again, and what is no
+    line of a log goes."""
     finish(1, data, tmp_path / "whole", steps=8)
     finish(1, data, tmp_path / "b", steps=4)
-    record = '{"step": 4, "changed": ["--lr 0.001 -> 0.5"]}'
-    with open(tmp_path / "b/log.jsonl", "a") as file:
-        file.write(record + "\n[1]\nnot json\n" + '{"step": 6, "loss_diff": 1}')
+    with open(tmp_path / "b/log.jsonl", "ab") as file:
+        file.write(b'[1]\nnot json\n{"loss": 1}\n{"step": "4"}\n\n{"step": 2, "lr": "\xff"}\n')
+        file.write(b'{"step": 6, "loss_diff": 1}\n{"step": 2')
     finish(1, data, tmp_path / "b", steps=8)
     assert_same_run(tmp_path / "whole", tmp_path / "b")
 

@@ -29,24 +29,13 @@ def test_quotes_stand_in_the_files():
         assert any(lines[i : i + len(wanted)] == wanted for i in places), (name, quote)
 
 
-def examples():
-    """The loss in the README, indented, and the one in CONTRIBUTING.md, fenced."""
-    readme = re.search(
-        r"\n(    import torch\.nn\.functional.*?models\.run\(main\)\n)", README, re.S
-    )[1]
-    page = (ROOT / "CONTRIBUTING.md").read_text()
-    yield "README", textwrap.dedent(readme)
-    yield "CONTRIBUTING", re.search(r"```python\n(import sys.*?)```", page, re.S)[1]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("page, code", list(examples()))
-def test_the_examples_of_a_loss_run(page, code, latents, runs, tmp_path):
-    code = code.replace("Path(__file__).resolve().parents[2]", f"'{ROOT}'")
+def test_the_example_of_a_loss_runs(latents, runs, tmp_path):
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    code = re.search(r"```python\n(.*?)```", page, re.S)[1]
     (tmp_path / "cosine.py").write_text(code)
     flags = [*TRAIN, "--data", latents, "--steps", 2, "--out", tmp_path / "run"]
-    if page == "README":
-        flags += ["--teacher", runs / "teacher/teacher.pt"]
+    flags += ["--teacher", runs / "teacher/teacher.pt"]
     command = [sys.executable, tmp_path / "cosine.py", *map(str, flags)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
@@ -56,11 +45,13 @@ def test_the_examples_of_a_loss_run(page, code, latents, runs, tmp_path):
 
 
 def commands():
-    """(script, flags) of every command in the README and the shell scripts."""
-    texts = [README, *(f.read_text() for f in (ROOT / "experiments").glob("*.sh"))]
+    """(script, flags) of every command in the README, the pages and the shell scripts."""
+    pages = [ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    texts = [f.read_text() for f in (*pages, *(ROOT / "experiments").glob("*.sh"))]
+    texts.append(README)
     for line in "\n".join(texts).replace("\\\n", " ").splitlines():
         for script, rest in re.findall(r"(?:python|=8) ([\w/]+\.py)([^#|&;`]*)", line):
-            if script != "cosine.py":  # the example that the README itself has
+            if script != "cosine.py":  # the example that CONTRIBUTING.md itself has
                 yield script, re.findall(r" (--[a-z-]+)", rest)
 
 
@@ -94,18 +85,18 @@ def test_pictures_and_pages_are_there():
 
 
 def test_the_readme_is_short():
-    assert len(README.split()) <= 1800
+    assert len(README.split()) <= 2000
 
 
 def test_the_budget():
-    """Under 2,000 lines of 100 columns, no function over 120 lines, formatted (make lint)."""
+    """Under 2,000 lines of 100 columns, no function over 70 lines, formatted (make lint)."""
     lines = {name: lines_of(name) for name in SEVEN}
     assert sum(map(len, lines.values())) < 2000
     assert not [(n, i) for n in SEVEN for i, x in enumerate(lines[n], 1) if len(x) > 100]
     for name in SEVEN:
         for node in ast.walk(ast.parse("\n".join(lines[name]))):
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 120, (name, node.name)
+                assert node.end_lineno - node.lineno < 70, (name, node.name)
 
 
 @pytest.mark.parametrize("name", SEVEN)

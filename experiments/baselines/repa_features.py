@@ -1,19 +1,14 @@
-"""The external features that repa.py aligns with: DATA/<encoder>.npy, (N, T, D_e) float16.
+"""External features that repa.py aligns with, of a CNN: DATA/cnn.npy, (N, T, D_e) float16.
 
     python experiments/baselines/repa_features.py --data data/cifar10 --model SiT-Ti/2
 
---encoder cnn: a small residual CNN, trained here to classify the folder's own images; its last map,
-averaged over the patch of each token. It saw the labels, which DINOv2 did not: say so beside any
-figure. It shares neither architecture nor seed with the judge, experiments/classifier.py.
---encoder dinov2: DINOv2 ViT-B/14 (arXiv 2304.07193) from torch.hub, on 224-px copies of 256-px
-images, as REPA does. Written from the documentation of both; never run here.
-
-DATA/<encoder>.json beside it: the FLOPs of encoding the folder and, for the CNN, of its training,
-and its accuracy on images kept out of that.
+A small residual CNN, trained here to classify the folder's own images; its last map, averaged over
+the patch of each token. It saw the labels, which REPA's DINOv2 did not: say so beside any figure.
+It shares neither architecture nor seed with the judge, experiments/classifier.py. cnn.json beside
+it: the FLOPs of its training and of encoding, and its accuracy on images kept out of the training.
 """
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,25 +21,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import models
-from models import say, setting
-
+from experiments.classifier import BATCH, describe, fit, held_out, source_images
+from models import UserError, say, setting
 from vae_latents import LatentFolder, ResnetBlock, from_uint8
-
-BATCH = 128
 
 
 @dataclass
 class Settings:
-    data: str = setting("data/imagenet256", "latent folder, from vae_latents.py")
-    model: str = setting("SiT-XL/2", "the network to train: its patch says how many tokens")
-    encoder: str = setting("dinov2", "whose features", choices=["cnn", "dinov2"])
-    steps: int = setting(1500, "the CNN's training steps, of 128 images", at_least=1)
-    seed: int = setting(1, "the CNN's seed", at_least=0)
-    device: str = setting("auto", "cpu, cuda or cuda:N; auto is cuda where there is one")
+    data: str = "data/imagenet256"  # latent folder whose images are there
+    model: str = "SiT-XL/2"  # the network to train: its patch says how many tokens
+    steps: int = setting(1500, at_least=1)  # the CNN's training steps, of 128 images
+    seed: int = setting(1, at_least=0)  # the CNN's seed
 
 
 class CNN(nn.Module):
-    """Images (n, 3, S, S) in [-1, 1] -> feature maps (n, 96, S / 4, S / 4)."""
+    """Images (n, S, S, 3) uint8 -> feature maps (n, 96, S / 4, S / 4), logits (n, classes)."""
 
     def __init__(self, classes):
         super().__init__()
@@ -58,78 +49,38 @@ class CNN(nn.Module):
         self.head = nn.Linear(96, classes)  # on the map's mean; not part of the features
 
     def forward(self, images):
-        return self.layers(images)
+        maps = self.layers(from_uint8(images))
+        return maps, self.head(maps.mean(dim=(2, 3)))
 
 
-def train_cnn(args, folder, grid, device):
-    """(A function from rows to tokens (n, T, D), accuracy on a tenth kept out of the training)."""
-    images, labels = folder.images(slice(None)), folder.labels.to(device)
-    torch.manual_seed(args.seed)
-    cnn = CNN(len(folder.meta["classes"])).to(device)
-    optimizer = torch.optim.AdamW(cnn.parameters(), weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=args.steps)
-    order = np.random.default_rng(args.seed).permutation(len(labels))
-    held, rows = np.split(order, [len(order) // 10 + 1])
-    progress = models.Progress("CNN", args.steps)
-    for step in range(args.steps):
-        pick = rows[torch.randint(len(rows), (BATCH,)).numpy()]
-        logits = cnn.head(cnn(from_uint8(images[pick]).to(device)).mean(dim=(2, 3)))
-        loss = F.cross_entropy(logits, labels[pick])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        progress(step + 1, f"loss {loss.item():.3f}")
-
-    def tokens(rows):
-        maps = cnn(from_uint8(images[rows]).to(device))
-        return F.adaptive_avg_pool2d(maps, grid).flatten(2).transpose(1, 2)
-
-    with torch.no_grad():
-        parts = np.array_split(held, len(held) // BATCH + 1)
-        guesses = torch.cat([cnn.head(tokens(part).mean(dim=1)).argmax(dim=1) for part in parts])
-    return tokens, (guesses == labels[held]).double().mean().item()
-
-
-def load_dinov2(folder, grid, device):
-    """A function from rows to DINOv2's normalised patch tokens (n, T, 768)."""
-    dino = torch.hub.load("facebookresearch/dinov2", "dinov2_vitb14").to(device).eval()
-    mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(3, 1, 1)  # ImageNet's
-    std = torch.tensor([0.229, 0.224, 0.225], device=device).view(3, 1, 1)
-
-    def tokens(rows):
-        x = ((from_uint8(folder.images(rows)).to(device) + 1) / 2 - mean) / std
-        x = F.interpolate(x, 14 * grid, mode="bicubic")  # a patch of 14 x 14 pixels a token
-        return dino.forward_features(x)["x_norm_patchtokens"]
-
-    return tokens
+@torch.no_grad()
+def tokens(cnn, images, grid) -> torch.Tensor:
+    """(n, grid * grid, 96), in the order of the network's tokens."""
+    return F.adaptive_avg_pool2d(cnn(images)[0], grid).flatten(2).transpose(1, 2)
 
 
 def main():
     args = models.parse_settings(Settings, __doc__)
-    device, _, _ = models.setup(args.device)
     folder, (_, patch) = LatentFolder(args.data), models.parse_name(args.model)
-    grid, N, info = folder.meta["height"] // patch, len(folder), {}
-    if args.encoder == "cnn":
-        tokens, info["accuracy"] = train_cnn(args, folder, grid, device)
-    else:
-        tokens = load_dinov2(folder, grid, device)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        D = tokens(np.arange(1)).shape[2]
-    info["flops_encoding"] = N * counter.get_total_flops()
-    if args.encoder == "cnn":  # a training step is three forward passes
-        info["flops_training"] = 3 * BATCH * args.steps * counter.get_total_flops()
-    out, progress = folder.path / f"{args.encoder}.npy", models.Progress("features", N)
-    part, shape = out.with_suffix(".part"), (N, grid * grid, D)
-    features = np.lib.format.open_memmap(part, "w+", np.float16, shape)
-    for rows in np.array_split(np.arange(N), N // BATCH + 1):
-        with torch.no_grad():
-            features[rows] = tokens(rows).cpu().numpy()
-        progress(rows[-1] + 1)
-    features.flush()
-    os.replace(part, out)
-    out.with_suffix(".json").write_text(json.dumps(info))
-    say(f"{out}: (images, tokens, channels) = {shape}; {info}")
+    if folder.meta["height"] % patch:
+        raise UserError(f"--model {args.model}: does not tile a side of {folder.meta['height']}")
+    images, held = source_images(folder), held_out(len(folder))
+    torch.manual_seed(args.seed)
+    cnn = CNN(len(folder.meta["classes"]))
+    fit(cnn, images, folder.labels, torch.nonzero(~held)[:, 0], args.steps)
+    grid, out = folder.meta["height"] // patch, folder.path / "cnn.npy"
+    with FlopCounterMode(display=False) as counter:
+        tokens(cnn, images[:1], grid)
+    flops = counter.get_total_flops()  # of one image; a training step is three forward passes
+    info = {"flops_training": 3 * BATCH * args.steps * flops, "flops_encoding": len(images) * flops}
+    _, guesses = describe(cnn, images[held])
+    info["accuracy"] = (guesses == folder.labels[held]).double().mean().item()
+    features = [tokens(cnn, part, grid).half().numpy() for part in images.split(BATCH)]
+    with models.atomic_write(out) as file:
+        np.save(file, np.concatenate(features))
+    with models.atomic_write(out.with_suffix(".json")) as file:
+        file.write(json.dumps(info).encode())
+    say(f"{out}: {len(folder)} images, {grid * grid} tokens; {info}")
 
 
 if __name__ == "__main__":

@@ -8,31 +8,29 @@ done: its lower weight after epoch 149, and 1 - cosine with weight 0.5, its newe
 
 import copy
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from models import UserError, parse_name, parse_settings, run, setting, xavier_linear
-
-from experiments.baselines.cost import projector_cost, share
-from train_stage1 import Auxiliary, TrainSettings, train
-
-
-@dataclass
-class Settings(TrainSettings):
-    out: str = setting("out/sra", "folder of the run: checkpoints and log.jsonl")
-    t_min: float = setting(0.0, "L_sra counts from this t on", at_least=0, at_most=1)
-    t_max: float = setting(1.0, "and up to this one", at_least=0, at_most=1)
-    sra_weight: float = setting(0.2, "weight of L_sra", above=0)
-    sra_depth: int | None = setting(None, "the network's block m (default: by depth)", at_least=1)
-    ema_depth: int | None = setting(None, "the EMA's block n (default: by depth)", at_least=1)
+import models
+from experiments.baselines.common import Baseline, share, train_baseline
+from models import xavier_linear
 
 
-class Sra(Auxiliary):
+class Sra(Baseline):
     name = "sra"
+    weight = 0.2
+
+    def __init__(self, args):
+        super().__init__(args)
+        depth = models.parse_name(args.model)[0].depth
+        self.ema_depth = 20 if depth == 28 else depth * 2 // 3  # n
+
+    @staticmethod
+    def blocks(size):
+        return {"depth": 8 if size.depth == 28 else max(1, size.depth // 4)}  # m
 
     def projector(self, model):
         D = model.width
@@ -40,7 +38,7 @@ class Sra(Auxiliary):
         return head.apply(xavier_linear)
 
     def target(self, batch):
-        n, teacher = self.args.ema_depth, copy.copy(self.ema)  # a view with the EMA's own weights
+        n, teacher = self.ema_depth, copy.copy(self.ema)  # a view with the EMA's own weights
         teacher._modules = dict(teacher._modules)  # cutting the view leaves the EMA whole
         t = (batch.t - 0.2 * batch.u).clamp(min=0)
         x_t = batch.x0 + t.view(-1, 1, 1, 1) * batch.velocity  # (1 - t) x0 + t eps
@@ -50,21 +48,15 @@ class Sra(Auxiliary):
         loss = F.smooth_l1_loss(prediction, target, beta=0.05, reduction="none")
         return loss.flatten(1).mean(dim=1)
 
-
-def extra_cost(model, args) -> float:
-    forward = share(args) * args.ema_depth / model.depth / 3  # the EMA's, up to block n
-    return forward + projector_cost(model, Sra(args, 1).projector(model), args)
+    def extra_cost(self, model):
+        """The projector, and the EMA's forward pass up to block n."""
+        forward = share(self.args) * self.ema_depth / model.depth / 3
+        return forward + super().extra_cost(model)
 
 
 def main():
-    args = parse_settings(Settings, __doc__)
-    depth = parse_name(args.model)[0].depth
-    m, n = (8, 20) if depth == 28 else (max(1, depth // 4), depth * 2 // 3)
-    args.sra_depth, args.ema_depth = args.sra_depth or m, args.ema_depth or n
-    if args.ema_depth > depth:
-        raise UserError(f"--ema-depth {args.ema_depth}: {args.model} has blocks 1 to {depth}")
-    train(args, Sra(args, args.sra_depth, args.sra_weight))
+    train_baseline(Sra, __doc__)
 
 
 if __name__ == "__main__":
-    run(main)
+    models.run(main)
