@@ -83,7 +83,7 @@ class InceptionV3(inception.Inception3):
                 break
             x = layer(x)
             if name == "Mixed_6d":  # whose first branch is TensorFlow's mixed_6/conv
-                spatial = x[:, :7].flatten(1)
+                spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # in TensorFlow's order
         features = x.mean(dim=(2, 3))
         return features, spatial, (features @ self.fc.weight.T).softmax(dim=1)
 
@@ -211,9 +211,9 @@ def describe(path, network, args) -> dict:
     if outputs:
         features, spatial, probs = map(torch.cat, zip(*outputs, strict=True))
         side.update(count=len(features), features=features, probs=probs)
-        if not found:  # published statistics are believed, not computed again
-            found["mu"], found["sigma"] = statistics(features)
-            found["mu_s"], found["sigma_s"] = statistics(spatial)
+        for kind, (mu, sigma) in zip((features, spatial), STATISTICS.values(), strict=True):
+            if mu not in found:  # published statistics are believed, not computed again
+                found[mu], found[sigma] = statistics(kind)
         count, width = features.shape
         if count < width:
             warn(f"{path}: {count} images and {width} features: FID is biased upwards")

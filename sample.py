@@ -1,7 +1,6 @@
 """Sampling: ODE (Euler, Heun) and SDE (Euler-Maruyama) with classifier-free guidance.
 
     python sample.py --ckpt out/stage2 --num-images 100 --cfg 2
-    torchrun --nproc_per_node=8 sample.py --num-images 50000 --cfg 1.9 --guidance-high 0.65
 
 Writes samples.npz and grid.png; a cut-off run continues. Image i depends on (--seed, i) alone,
 for any number of processes; another --batch-size rounds a few pixels otherwise, by 1 of 255.
@@ -121,7 +120,7 @@ def main():
     args = models.parse_settings(Settings, __doc__)
     if args.guidance_low > args.guidance_high:
         raise UserError("--guidance-low and --guidance-high must satisfy low <= high")
-    model, saved = models.load_checkpoint(args.ckpt, args.weights, args.cfg != 1 and "--cfg")
+    model, saved = models.load_checkpoint(args.ckpt, args.weights, "--cfg" if args.cfg != 1 else "")
     vae, names = find_vae(args.vae, saved["meta"]), saved["meta"]["classes"]
     classes, turns = list(range(len(names))), np.arange(args.num_images)
     if args.classes:

@@ -106,8 +106,8 @@ def draw(step, args, folder, device) -> Draws:
 
 
 def rows_in_range(batch, shares, t_min, t_max) -> slice:
-    """The rows of a share that can have t_min <= t <= t_max. The same for all shares, for share w
-    has the strata w, w + shares, ...; so shapes are static. The loss masks the ends exactly."""
+    """A slice that covers every row of a share with t_min <= t <= t_max. Row j of share w is
+    stratum w + j * shares, so one slice serves all shares. `Losses` masks the extra rows."""
     first_stratum = max(0, math.floor(t_min * batch - 1e-3))  # 1e-3: the rounding of t
     end_stratum = min(batch, math.ceil(t_max * batch + 1e-3))
     return slice(first_stratum // shares, math.ceil(end_stratum / shares))
@@ -252,7 +252,7 @@ def train(args: TrainSettings, auxiliary: Auxiliary):
             if world > 1:  # DDP averages the gradients over processes with the last share
                 network.require_backward_grad_sync = w + world >= shares
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                target = auxiliary.target(batch[rows]) if has_aux else None  # stage 2: f_g
+                target = auxiliary.target(batch[rows]) if has_aux else None  # f_g, by Guidance
                 inputs = batch.x_t, batch.t, batch.told, batch.velocity, target
                 loss_diff, loss_aux = network(*inputs)
             ((loss_diff + auxiliary.weight * loss_aux) / args.accum).backward()

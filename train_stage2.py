@@ -27,7 +27,8 @@ class Settings(TrainSettings):
 
 
 class Guidance(Auxiliary):
-    """Stage 2: P2 regresses f_g. The teacher hears the true label, whatever the student does."""
+    """Stage 2: P2 regresses f_g. The teacher always gets the true label. train_stage1.train calls
+    `prepare` once, then `target` for each share of each step."""
 
     name = "guide"
 

@@ -306,11 +306,8 @@ class LatentFolder:
     def read(self, indices) -> tuple[torch.Tensor, torch.Tensor]:
         """(Moments (n, 2C, H, W) float16, labels (n,) int64) of images, ready for a GPU."""
         moments = torch.from_numpy(self.moments[indices.numpy()])
-        moments = moments.pin_memory() if torch.cuda.is_available() else moments
+        moments = moments.pin_memory() if torch.cuda.is_initialized() else moments
         return moments, self.labels[indices]
-
-
-# ---- Long work that processes share and a killed run goes on with
 
 
 class Progress:
@@ -432,9 +429,9 @@ def main():
             raise UserError(f"{out}: holds latents of other images or VAE; another --out?")
         part.unlink(missing_ok=True)  # a run was killed in its last line
         return say(f"{out}: is complete already, nothing to do")
-    if rank == 0 and not part.exists():
+    if rank == 0 and not (part.exists() and (out / "moments.npy").exists()):
         for old in out.glob("done-*.part.*"):
-            warn(f"{old}: dropped, an unfinished encoding of other or changed images, or VAE")
+            warn(f"{old}: dropped, the encoding of other or changed images or VAE, or a lost one")
             old.unlink()
         (out / "moments.npy").unlink(missing_ok=True)
     done = shared_array(part, (len(images),), np.uint8, rank)
@@ -444,6 +441,8 @@ def main():
     vae = vae.to(device, memory_format=torch.channels_last)
     encode(images, vae, moments, done, args.batch_size, rank, world)
     models.gather(None)  # rank 0 waits for the others
+    if not done.all():
+        raise UserError(f"{out}: some images are not done; run the same again")
     if rank == 0:
         meta = {"tag": tag, "image_size": args.image_size, "source": os.path.abspath(args.images)}
         meta["vae"] = {"path": os.path.abspath(args.vae), "identity": vae.identity()}

@@ -90,10 +90,9 @@ class Step:
         self.args, self.folder, self.device = networks.args, networks.folder, networks.device
         self.state, (size, _) = copy.copy(networks.state), models.parse_name(self.args.model)
         self.auxiliary = Alignment(self.args, size.align_depth)
-        self.rows = rows_in_range(self.args.batch_size, 1, self.args.t_min, self.args.t_max)
         self.is_naive = kind not in ("vanilla", "stage 1", "stage 2")
-        if self.is_naive:
-            self.rows = slice(0, self.args.batch_size)
+        batch, t_min, t_max = self.args.batch_size, self.args.t_min, self.args.t_max
+        self.rows = slice(0, batch) if self.is_naive else rows_in_range(batch, 1, t_min, t_max)
         if kind not in ("vanilla", "stage 1"):
             weight = 0.0 if kind == "naive, after guidance" else 0.5
             self.auxiliary = Guidance(self.args, size.student_depth, weight)
@@ -139,7 +138,7 @@ class Networks:
     """One size's networks, which all steps train, and what is measured: {unit: number}."""
 
     def __init__(self, name, batch, folder, device):
-        self.args = train_stage1.Settings(model=name, batch_size=batch, lr=3e-4, compile=True)
+        self.args = train_stage1.Settings(model=name, batch_size=batch, lr=5e-4, compile=True)
         self.folder, self.device, self.on_card = folder, device, device.type == "cuda"
         self.calls = 5 if self.on_card else 1  # in a row, each time that a step is timed
         self.state, self.step = State(self.args, folder, device), cache(partial(Step, self))
@@ -199,10 +198,10 @@ class Networks:
             figures[f"images/s {title}"] = number / seconds(run)
         return figures
 
-    def precision(self):
-        """Errors of f_g (s = 30) against float64, after 100 steps on latents that show their class:
-        without these, f_c and f_u hardly differ."""
-        for _ in range(100):
+    def precision(self, train_steps):
+        """Errors of f_g (s = 30) against float64, after some steps on latents that show their
+        class: without these, f_c and f_u hardly differ."""
+        for _ in range(train_steps):
             self.step("vanilla", "eager")()
         rows = rows_in_range(self.args.batch_size, 1, self.args.t_min, self.args.t_max)
         batch = make_batch(self.folder, draw(0, self.args, self.folder, self.device)[rows])
@@ -215,9 +214,9 @@ class Networks:
         return figures
 
 
-def plan(mode, peak):
+def plan(mode, peak, train_steps):
     """(Name, what measures it, given the networks): what starts in seconds, then what waits."""
-    yield "precision of f_g", Networks.precision
+    yield "precision of f_g", partial(Networks.precision, train_steps=train_steps)
     modes = dict.fromkeys(("vanilla", "stage 1", "stage 2", "naive"), mode)
     modes["as released"] = "eager"  # their loop compiles nothing
     for kind, how in modes.items():
@@ -242,6 +241,7 @@ class Settings:
     only: str = ""  # only the figures with this in their names
     model: str | None = None  # one size (default: by device)
     batch_size: int | None = setting(None, at_least=4)  # images in a step (default: by size)
+    train_steps: int = setting(100, at_least=1)  # before the precision of f_g is measured
 
 
 def main():
@@ -258,7 +258,7 @@ def main():
     sizes = [(name, args.batch_size or batch) for name, batch in sizes]
     figures = [((*sizes[0], False), "autoencoder", Networks.autoencoder)]
     for name, batch in sizes:
-        for title, measure in plan(mode, peak):
+        for title, measure in plan(mode, peak, args.train_steps):
             wanted = name, batch, "whole" in title
             figures.append((wanted, f"{name}, {batch} images: {title}", measure))
     figures = [f for f in figures if args.only in f[1] and (on_card or "released" not in f[1])]

@@ -666,3 +666,17 @@ def test_samples_are_what_adms_evaluator_reads(runs, tmp_path):
     with np.load(tmp_path / "samples.npz", allow_pickle=False) as file:
         assert file["arr_0"].dtype == np.uint8 and file["arr_0"].shape == (5, 32, 32, 3)
         assert file["labels"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_sfids_features_lie_as_tensorflow_flattens_them():
+    """ADM's published mu_s and sigma_s: rows, columns, then the 7 channels of mixed_6/conv."""
+    torch.manual_seed(0)
+    network, maps = fid.InceptionV3(), []
+    network.Mixed_6d.register_forward_hook(lambda layer, inputs, output: maps.append(output))
+    with torch.no_grad():
+        _, spatial, _ = network(torch.randint(0, 256, (1, 3, 32, 32)))
+    assert spatial.shape == (1, 17 * 17 * 7)
+    for place in (0, 1, 6, 7, 118, 119, 1000, 2022):
+        row, rest = divmod(place, 17 * 7)
+        column, channel = divmod(rest, 7)
+        assert spatial[0, place] == maps[0][0, channel, row, column]

@@ -282,14 +282,14 @@ def test_two_signals_within_a_moment_are_one(monkeypatch):
     monkeypatch.setattr(train_stage1.time, "time", lambda: now[0])
     killed = []
     monkeypatch.setattr(train_stage1.os, "kill", lambda pid, number: killed.append(number))
-    assert not stop.asked_anywhere(1)
+    assert not stop.asked
     stop.hear(signal.SIGTERM, None)
     now[0] += 0.5
     stop.hear(signal.SIGTERM, None)
-    assert stop.asked_anywhere(1) and not killed
+    assert stop.asked and not killed
     now[0] += 1
     stop.hear(signal.SIGTERM, None)
-    assert killed == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert killed == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) != stop.hear
 
 
 # ---- processes that fail
@@ -385,7 +385,7 @@ def test_machines_that_do_not_share_out_are_told(data, tmp_path):
     for machine in machines:
         errors.append(machine.communicate(timeout=120)[1])
         assert machine.returncode == 2 and "Traceback" not in errors[-1], errors
-    assert any("different checkpoint" in error for error in errors)
+    assert any(re.search("different .*checkpoint", error) for error in errors), errors
     assert_same_run(tmp_path / "before", tmp_path / "one")
     assert not models.checkpoints(tmp_path / "other")
 

@@ -62,6 +62,7 @@ def test_the_naive_step_has_the_same_loss(networks):
         take_projector(naive, ours)
         assert numbers(naive.losses(batch)) == pytest.approx(losses, rel=1e-6)
         assert naive.auxiliary.weight == (0 if "after" in kind else 0.5)
+        assert naive.rows == slice(0, 8) and ours.rows == slice(3, 6)
 
 
 def test_the_naive_step_draws_each_t_by_itself(networks, monkeypatch):
@@ -163,8 +164,8 @@ def bench_figures(monkeypatch, tmp_path, *flags, wanted=("eager", "naive", "stag
     names, and none that compiles; what it wrote."""
     plan = bench.plan
 
-    def short_plan(mode, peak):
-        for name, measure in plan(mode, peak):
+    def short_plan(*inputs):
+        for name, measure in plan(*inputs):
             if "whole" not in name and any(word in name for word in wanted):
                 yield name, measure
 
@@ -193,7 +194,8 @@ def test_each_figure_is_printed_and_written(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_precision_of_f_g(monkeypatch, tmp_path):
-    figures = bench_figures(monkeypatch, tmp_path, "--only", "precision", wanted=["precision"])
+    flags = "--only precision --train-steps 50".split()
+    figures = bench_figures(monkeypatch, tmp_path, *flags, wanted=["precision"])
     [found] = figures.values()
     exact, half, brain = found.values()
     assert exact < 0.01 < half < brain < 100  # 23, 10 and 7 bits of mantissa
@@ -218,7 +220,7 @@ def test_what_does_not_fit_is_one_line_and_the_rest_goes_on(monkeypatch, tmp_pat
 
 
 def test_on_a_card_all_that_is_asked_for_is_measured():
-    names = [name for name, _ in bench.plan("blocks", 989)]
+    names = [name for name, _ in bench.plan("blocks", 989, 100)]
     for kind in ("vanilla", "stage 1", "stage 2"):
         assert f"{kind}, blocks" in names and f"{kind}, blocks / whole" in names
     assert {"naive, blocks", "as released, eager", "sampling, blocks"} <= set(names)
@@ -253,17 +255,18 @@ def test_a_mistake_is_said_and_nothing_written(flags, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_the_time_is_kept_and_what_is_left_is_said(tmp_path):
-    start = time.time()
-    flags = [*TINY, "--minutes", 0.2, "--out", tmp_path / "bench.json"]
-    (tmp_path / "scratch").mkdir()
-    out = ok("experiments/bench.py", *flags, env={"TMPDIR": str(tmp_path / "scratch")})
-    assert time.time() - start < 90
-    last = out.splitlines()[-1]
-    assert last.startswith("no time left for: ") and "whole" in last
+    """What is compiled whole takes longer than that on any CPU, with an empty cache."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    flags = [*TINY, "--minutes", 0.4, "--out", tmp_path / "bench.json"]
+    out = ok("experiments/bench.py", *flags, env={"TMPDIR": str(scratch)})
+    last = out.splitlines()[-1].partition("no time left for: ")[2]
+    assert "vanilla, whole" in last or "stage 1, whole" in last
     figures = json.loads((tmp_path / "bench.json").read_text())["figures"]
     for name, found in figures.items():
-        assert (found is None) == (name in last.removeprefix("no time left for: ").split("; "))
+        assert (found is None) == (name in last.split("; "))
     assert figures["autoencoder"]["images/s encoded"] > 0
+    assert not [path for path in scratch.iterdir() if path.name.startswith("tmp")]
 
 
 # ---- smoke.sh
