@@ -36,10 +36,8 @@ def guided_features(teacher: SiT, x_t, t, y, s) -> torch.Tensor:
 
 def load_teacher(path) -> tuple[SiT, dict]:
     """(The cut and frozen network, the file) of a teacher.pt; UserError for anything else."""
-    problem = "no teacher of this version; make it with build_teacher.py"
-    if not Path(path).exists():
-        raise UserError(f"{path}: no teacher there; make it with build_teacher.py")
-    saved = models.load_file(path, problem, models.FORMAT)
+    problem = "no teacher there of this version; make it with build_teacher.py"
+    saved = models.load_file(path, problem, models.FORMAT, missing=problem)
     with models.reading(path, problem):
         teacher = models.build_for(saved["args"], saved["meta"]).cut(saved["depth"])
         teacher.load_state_dict(saved["teacher"])

@@ -388,12 +388,12 @@ def reading(path, problem):
 CONVERT = "no checkpoint, or an older version: python experiments/convert_sit.py {} OUT --vae FILE"
 
 
-def load_file(path, problem="no whole file of torch.save", format=None) -> dict:
+def load_file(path, problem="no file of torch.save", format=None, missing="no such file") -> dict:
     """torch.load of plain tensors and plain Python, checksums verified; never code.
     The tensors stay mapped to the file: copy what shall outlive it.
     `problem` is what is said of a file that is not whole, or not of this `format`."""
     if not Path(path).exists():
-        raise UserError(f"{path}: no such file (looked for in {Path.cwd()})")
+        raise UserError(f"{path}: {missing} (looked for in {Path.cwd()})")
     with reading(path, problem):
         zipped = zipfile.is_zipfile(path)
         if zipped and (bad := zipfile.ZipFile(path).testzip()):

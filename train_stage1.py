@@ -306,7 +306,8 @@ class State:
         self.optimizer = AdamW(self.model.parameters(), **options)
         projecting = list(self.projector.parameters()) if self.projector else []
         self.projector_optimizer = AdamW(projecting, **options) if projecting else None
-        self.step = 0  # and since the last line of the log: L_diff, L_aux, gradient norm, steps
+        self.step = 0  # steps done so far
+        # Sums since the last line of the log: L_diff, L_aux, gradient norm, number of steps
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
 
     def parts(self) -> dict:

@@ -167,7 +167,7 @@ def load_vae(path) -> AutoencoderKL:
     """An AutoencoderKL in eval mode from a file of {"model": tensors, "scale": number}."""
     problem = f"no KL autoencoder for --vae: python experiments/convert_vae.py {path} OUT"
     with models.reading(path, problem):
-        saved = models.load_file(path, problem)
+        saved = models.load_file(path, problem, missing="no such file; give the VAE as --vae")
         scale, state = float(saved["scale"]), saved["model"]  # a scale is never assumed
         convs = [key for key in sorted(state) if key.startswith("encoder.down")]
         convs = [key for key in convs if key.endswith("conv1.weight")]  # one of each ResnetBlock

@@ -115,8 +115,8 @@ DAMAGES = {
     "labels of floats": "float64",
     "other shape": "moments.npy",
     "no scale": "scale",
-    "scale of nan": "scale is nan",
-    "scale of 0": "scale is 0",
+    "scale of nan": "nan",
+    "scale of 0": "scale",
 }
 
 
@@ -216,8 +216,8 @@ BAD_FLAGS = {
     f"--seed {2**64}": "--seed",
     "--steps many": "--steps",
     "--setps 4": "--setps",
-    "--device tpu9": "--device tpu9: cpu, cuda",
-    "--device mps": "--device mps: cpu, cuda",
+    "--device tpu9": "cuda:N",
+    "--device mps": "cuda:N",
     "--device cuda:99": "cuda:99",
 }
 
@@ -418,7 +418,7 @@ def test_a_malicious_array_does_not_run(refused, train, tmp_path, name):
 def test_teachers_that_do_not_fit(refused, runs, latents, tmp_path):
     flags = ["train_stage2.py", *TRAIN, "--data", latents, "--out", tmp_path / "o", "--steps", 4]
     fits = [*flags, "--teacher", runs / "teacher/teacher.pt"]
-    refused(*flags, "--teacher", tmp_path / "none.pt", says=["none.pt", "no teacher there"])
+    refused(*flags, "--teacher", tmp_path / "none.pt", says=["none.pt", "build_teacher.py"])
     refused(*fits, "--model", "SiT-Ti/4", says=["patch", "8", "4"])
     assert not (tmp_path / "o").exists()  # no folder of a run that never began
     refused(*fits, "--guide-depth", 99, says=["--guide-depth"])
@@ -609,7 +609,7 @@ def test_bad_fid_input(refused, tmp_path, weights):
     bad(tmp_path / "a.npz", tmp_path / "b.npz", says=["32 x 32", "48 x 48"])
     bad(tmp_path / "a.npz", "--batch-size", 0, says=["--batch-size 0"])
     foo = [*weights[:2], "--device", "foo"]
-    refused("fid.py", tmp_path / "a.npz", *foo, says=["--device foo: cpu, cuda"])
+    refused("fid.py", tmp_path / "a.npz", *foo, says=["--device foo", "cuda:N"])
     bad(tmp_path / "a.npz", "--save-stats", tmp_path / "a.npz" / "s", says=["a.npz/s"])
     other = ["--weights", tmp_path / "other.npz"]
     refused("fid.py", tmp_path / "a.npz", *other, says=["other.npz"])

@@ -491,6 +491,23 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(data, tmp_path):
     assert_same_run(tmp_path / "whole", out)
 
 
+def test_a_log_that_cannot_be_written_is_a_warning(data, tmp_path, monkeypatch, capsys):
+    """A full disk stops a run only if its checkpoint fails, too."""
+    log, update = tmp_path / "out/log.jsonl", train_stage1.State.update
+
+    def spoiling(self, *args):
+        update(self, *args)
+        if self.step == 3:
+            log.unlink()
+            log.mkdir()
+
+    monkeypatch.setattr(train_stage1.State, "update", spoiling)
+    finish(1, data, tmp_path / "out", steps=6)
+    said = capsys.readouterr()
+    assert said.err.count(f"warning: {log}") == 2 and "step 6/6" in said.out
+    assert state(tmp_path / "out")["step"] == 6
+
+
 def test_a_closed_pipe_does_not_stop_the_run(data, tmp_path):
     process = start(1, data, tmp_path / "out", extra=["--log-every", 1])
     wait_for(process.stdout, "step 2/")

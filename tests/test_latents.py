@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT, call, ok, script
 from PIL import Image
 
+import models
 import vae_latents
 from models import UserError
 from vae_latents import AutoencoderKL, LatentFolder, find_vae, from_uint8, open_image
@@ -179,21 +180,34 @@ def test_encoding_killed_and_repeated_is_byte_identical(pictures, encoded, proce
     assert "nothing to do" in ok("vae_latents.py", *flags(pictures, tmp_path / "b"))
 
 
-def test_an_encoding_killed_in_its_last_lines_is_not_lost(pictures, encoded, tmp_path, monkeypatch):
-    """Killed after moments.npy has its name, before meta.json: nothing is encoded again."""
-    out, write = tmp_path / "b", vae_latents.models.atomic_write
+@pytest.mark.parametrize("unreadable", [0, 3])
+@pytest.mark.parametrize("write", [1, 2, 3])
+def test_an_encoding_killed_in_its_last_lines_is_not_lost(
+    unreadable, write, pictures, tmp_path, monkeypatch
+):
+    """Killed when all is encoded, before meta.json: nothing is encoded again."""
+    shutil.copytree(pictures / "images", tmp_path / "images")
+    shutil.copy(pictures / "vae.pt", tmp_path)
+    for i in range(unreadable):
+        (tmp_path / f"images/class {i % 2}/{3 * i}bad.png").write_bytes(b"no image")
+    out, real, writes = tmp_path / "b", models.atomic_write, []
 
     def killed(path):
-        raise KeyboardInterrupt
+        writes.append(path)
+        if len(writes) == write:
+            raise KeyboardInterrupt
+        return real(path)
 
-    monkeypatch.setattr(vae_latents.models, "atomic_write", killed)
+    monkeypatch.setattr(models, "atomic_write", killed)
     with pytest.raises(KeyboardInterrupt):
-        call(vae_latents, *flags(pictures, out))
+        call(vae_latents, *flags(tmp_path, out))
     assert (out / "moments.npy").exists() and not (out / "meta.json").exists()
-    monkeypatch.setattr(vae_latents.models, "atomic_write", write)
+    monkeypatch.setattr(models, "atomic_write", real)
+    call(vae_latents, *flags(tmp_path, tmp_path / "whole"))
     monkeypatch.setattr(AutoencoderKL, "encode", None)
-    call(vae_latents, *flags(pictures, out))
-    assert digest(out) == digest(encoded)
+    call(vae_latents, *flags(tmp_path, out))
+    assert digest(out) == digest(tmp_path / "whole")
+    assert len(LatentFolder(out)) == 70
 
 
 def test_unreadable_images_are_left_out_counted_and_listed(pictures, encoded, tmp_path, capsys):
@@ -206,6 +220,7 @@ def test_unreadable_images_are_left_out_counted_and_listed(pictures, encoded, tm
     (bad / "empty.png").write_bytes(b"")
     os.mkfifo(bad / "pipe.png")
     Image.new("RGB", (1, 5000)).save(bad / "thin.png")
+    shutil.move(bad / "cut.jpg", tmp_path / "images/class 0/0cut.jpg")  # and one at the beginning
     call(vae_latents, *flags(tmp_path, tmp_path / "out"))
     said = capsys.readouterr()
     listed = (tmp_path / "out/unreadable.txt").read_text()
