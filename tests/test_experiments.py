@@ -645,7 +645,7 @@ def test_the_demo_alone_is_ended_and_its_trainings_save(number, project):
     wait_for(lambda: "starts" in log.read_text(), process)
     assert len(living(project.folder)) == 4
     os.kill(process.pid, number)
-    assert process.wait() == 128 + (15 if number == signal.SIGHUP else number)
+    assert process.wait(120) == 128 + (15 if number == signal.SIGHUP else number)
     assert living(project.folder) == []
     assert (project.folder / "calls").read_text().splitlines().count("saved") == 2
 
@@ -654,7 +654,7 @@ def test_the_demo_alone_is_ended_and_its_trainings_save(number, project):
 def test_a_demo_that_fails_ends_the_other_training(project):
     """Stage 1 fails while vanilla trains."""
     process = project("demo.sh", fake=True, ENDLESS="1", FAILS="SiT-N/4")
-    assert process.wait() == 1
+    assert process.wait(120) == 1
     assert living(project.folder) == []
     calls = (project.folder / "calls").read_text()
     assert "saved" in calls and "build_teacher" not in calls
@@ -665,7 +665,7 @@ def test_the_experiments_rows(project):
     """Each row's commands run; one that fails does not stop the others, and is told."""
     process = project("cifar10.sh", fake=True, JOBS="3", ONLY="^(W|N|P|sra)-seed|features")
     said = process.stdout.read()
-    assert process.wait() == 1
+    assert process.wait(120) == 1
     calls = (project.folder / "calls").read_text().splitlines()
     trained = [call for call in calls if "train_stage" in call]
     larger = [call for call in trained if "SiT-W/2" in call]
@@ -688,13 +688,13 @@ def test_the_experiments_rows(project):
 @pytest.mark.slow
 def test_rows_are_taken_up_where_they_are(project):
     only = {"ONLY": "^N-seed2", "JOBS": "1"}
-    assert project("cifar10.sh", fake=True, **only).wait() == 0
+    assert project("cifar10.sh", fake=True, **only).wait(120) == 0
     run = project.folder / "out/cifar10/N-seed2"
     (run / "ckpt-0006000.pt").touch()
     for step in (3000, 6000):
         (run / f"teacher-{step}/teacher.pt").touch()
     (project.folder / "calls").unlink()
-    assert project("cifar10.sh", fake=True, **only).wait() == 0
+    assert project("cifar10.sh", fake=True, **only).wait(120) == 0
     assert "train_stage1" not in (project.folder / "calls").read_text()
 
 
@@ -705,7 +705,7 @@ def test_the_experiment_alone_is_ended_and_its_trainings_save(project):
     logs = project.folder / "out/cifar10"
     wait_for(lambda: sum("starts" in f.read_text() for f in logs.glob("*.log")) == 2, process)
     process.terminate()
-    assert process.wait() == 128 + signal.SIGTERM
+    assert process.wait(120) == 128 + signal.SIGTERM
     assert living(project.folder) == []
     assert calls.read_text().splitlines().count("saved") == 2
 

@@ -989,7 +989,7 @@ ARCHIVES = {
     "mu of a table": {"mu": SIGMA, "sigma": SIGMA},
     "mu of text": {"mu": np.array(["a", "b", "c"]), "sigma": SIGMA},
     "mu of nan": {"mu": MU * np.nan, "sigma": SIGMA},
-    "sigma of infinity": {"mu": MU, "sigma": SIGMA * np.inf},
+    "sigma of infinity": {"mu": MU, "sigma": np.full((3, 3), np.inf)},
     "channels first": {"arr_0": PIXELS.transpose(0, 3, 1, 2)},
     "floats": {"arr_0": PIXELS / 255},
     "nan": {"arr_0": np.full((4, 8, 8, 3), np.nan, np.float32)},
