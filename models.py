@@ -299,8 +299,9 @@ def parse_settings(Settings: type, doc: str):
     for f in fields(Settings):
         value = getattr(settings, f.name)
         rules = {"at_least": 1, **f.metadata} if type(value) is int else f.metadata  # counts
-        if isinstance(value, float) and not math.isfinite(value):
-            refuse(f"{flag(f.name)} {value}: must be a finite number")
+        if value == "" or isinstance(value, float) and not math.isfinite(value):
+            must = "be a finite number" if value else "not be empty"
+            refuse(f"{flag(f.name)} {value}: must {must}")
         for rule, limit in rules.items():
             if rule in RULES and value is not None and not RULES[rule](value, limit):
                 refuse(f"{flag(f.name)} {value}: must be {rule.replace('_', ' ')} {limit}")

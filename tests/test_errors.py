@@ -199,6 +199,7 @@ BAD_FLAGS = {
     "--model banana": "banana",
     "--lr -1": "--lr -1.0",
     "--lr nan": "--lr nan: must be a finite number",
+    "--model=": "--model : must not be empty",
     "--lr inf": "--lr inf",
     "--t-min nan": "--t-min nan: must be a finite number",
     "--ema nan": "--ema nan",

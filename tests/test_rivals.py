@@ -1,4 +1,4 @@
-"""Internal Guidance, DDAE++ and guide_by.py, against plain float64 loops; and the scripts."""
+"""Internal Guidance and guide_by.py, against plain float64 loops; and the scripts."""
 
 import json
 from types import SimpleNamespace
@@ -13,8 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import models
 import sample
 from experiments import classifier, guide_by
-from experiments.baselines import ddae, internal_guidance
-from experiments.baselines.ddae import SelfConditionedSiT, SelfConditioning
+from experiments.baselines import internal_guidance
 from experiments.baselines.internal_guidance import Head, Internal, InternalGuidance
 from experiments.guide_by import ClassDirection
 from fid import statistics
@@ -186,79 +185,6 @@ def test_internal_blocks_weight_and_cost(folder):
 
     extra = (flops(loss.projector(model)) - flops(None)) / (3 * B * model.forward_flops())
     assert loss.extra_cost(model) == pytest.approx(extra, rel=0.06)
-
-
-# ---- DDAE++
-
-
-@torch.no_grad()
-def test_ddae_network():
-    """Block by block, image by image: c changes after block 4 of 8, for all that follows."""
-    torch.manual_seed(0)
-    model = SelfConditionedSiT(8, 128, 4, 8, 16, 4, 10, True)
-    plain = models.build("SiT-Ti/8", 16, 4, 10)
-    plain.load_state_dict(model.state_dict(), strict=False)
-    fill(model, 0.05).double()
-    x, t, y = torch.randn(2, 4, 16, 16).double(), torch.tensor([0.2, 0.9]).double(), [3, 10]
-    got, tapped = model(x, t, torch.tensor(y), taps=[4, 6])
-    for i in range(2):
-        h = model.x_embedder["proj"](x[i][None]).flatten(2).transpose(1, 2) + model.pos_embed
-        c = condition(model, t[i], y[i])
-        for depth, block in enumerate(model.blocks, 1):
-            h = block(h, c[None])
-            if depth in (4, 6):
-                torch.testing.assert_close(tapped[depth][i], h[0])
-            if depth == 4:
-                mean = sum(h[0]) / h.shape[1]
-                linear = model.self_condition
-                c = c + linear.weight @ normalised(mean) + linear.bias
-        torch.testing.assert_close(
-            got[i], velocity_of(model.final_layer, h[0], c), rtol=1e-4, atol=1e-5
-        )
-
-
-def test_ddae_starts_as_the_plain_network():
-    torch.manual_seed(7)
-    ours = SelfConditionedSiT(8, 128, 4, 8, 16, 4, 10, True)
-    torch.manual_seed(7)
-    plain = models.build("SiT-Ti/8", 16, 4, 10).state_dict()
-    more = {key: value for key, value in ours.state_dict().items() if key not in plain}
-    assert [*more] == ["self_condition.weight", "self_condition.bias"]
-    assert all(not value.any() for value in more.values())
-    assert all(torch.equal(ours.state_dict()[key], value) for key, value in plain.items())
-
-
-def test_ddae_cost():
-    model = SelfConditionedSiT(8, 128, 4, 8, 16, 4, 10, True)
-    plain = models.build("SiT-Ti/8", 16, 4, 10)
-    x, t, y = torch.randn(2, 4, 16, 16), torch.rand(2), torch.tensor([3, 10])
-    counts = []
-    for network in (model, plain):
-        with FlopCounterMode(display=False) as counter:
-            network(x, t, y)
-        counts.append(counter.get_total_flops() / 2)
-    assert model.forward_flops() == pytest.approx(counts[0], rel=0.01)
-    loss = SelfConditioning(settings(Internal))
-    assert loss.extra_cost(plain) == pytest.approx(counts[0] / counts[1] - 1, rel=0.01)
-
-
-@pytest.mark.slow
-def test_ddae_trains_goes_on_and_samples(latents, tmp_path):
-    for out, lengths in (("whole", [4]), ("cut", [2, 4])):
-        for steps in lengths:
-            flags = ["--data", latents, "--steps", steps, "--out", tmp_path / out]
-            call(ddae, *TRAIN, *flags)
-    whole, cut = (
-        models.load_file(tmp_path / out / "ckpt-0000004.pt")["ema"] for out in ("whole", "cut")
-    )
-    assert all(torch.equal(whole[key], cut[key]) for key in whole)
-    assert whole["self_condition.weight"].any()
-    assert models.SiT is not SelfConditionedSiT
-    flags = ["--ckpt", tmp_path / "whole", "--num", 3, "--mode", "euler", "--steps", 2]
-    with pytest.raises(UserError, match="self_condition"):
-        call(sample, *flags, "--out", tmp_path / "a")
-    call(ddae, "sample", *flags, "--out", tmp_path / "a")
-    assert np.load(tmp_path / "a/samples.npz")["arr_0"].shape == (3, 32, 32, 3)
 
 
 # ---- guide_by.py
