@@ -299,7 +299,7 @@ def parse_settings(Settings: type, doc: str):
     for f in fields(Settings):
         value = getattr(settings, f.name)
         rules = {"at_least": 1, **f.metadata} if type(value) is int else f.metadata  # counts
-        if value == "" or isinstance(value, float) and not math.isfinite(value):
+        if (value == "" != f.default) or isinstance(value, float) and not math.isfinite(value):
             must = "be a finite number" if value else "not be empty"
             refuse(f"{flag(f.name)} {value}: must {must}")
         for rule, limit in rules.items():

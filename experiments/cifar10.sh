@@ -61,22 +61,22 @@ measure() { # measure STEP...: samples of the EMA, from the same noise for all r
     done
 }
 
-failed=0
+rm -f $E/failed
 row() { # row "NAME: COMMANDS", with a log of its own
     watch
     NAME=${1%%:*}
     echo "$(date +%T) $1"
-    eval "${1#*: }" >> "$E/$NAME.log" 2>&1 || { echo "failed: see $E/$NAME.log"; return 1; }
+    eval "${1#*: }" >> "$E/$NAME.log" 2>&1 || echo "failed: see $E/$NAME.log" | tee -a $E/failed
 }
 
 together() { # the rows on stdin, JOBS at a time; one that fails does not stop the others
     local line
     while read -r line; do
         [[ $line =~ ${ONLY:-.} ]] || continue
-        [ "$(jobs -rp | wc -l)" -lt "$JOBS" ] || wait -n || failed=1
+        [ "$(jobs -rp | wc -l)" -lt "$JOBS" ] || wait -n || true
         row "$line" &
     done
-    while [ -n "$(jobs -p)" ]; do wait -n || failed=1; done
+    wait
 }
 
 # ---- The images, their latents, the judge
@@ -148,6 +148,6 @@ baselines() { # other methods on the same loop; three seeds where the distance c
 together < <(stage_1)
 together < <(students; one_seed; baselines)
 
-[ -z "$JUDGE" ] && figure=assets/compute.png || figure=$E/compute$JUDGE.png
-python experiments/report.py --judge "$JUDGE" --figure $figure
-exit $failed
+[ -z "$JUDGE" ] && flags="" || flags="--judge $JUDGE --figure $E/compute$JUDGE.png"
+python experiments/report.py $flags
+[ ! -e $E/failed ]

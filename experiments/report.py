@@ -224,14 +224,14 @@ def draw(found: dict, rows: list[str], real: list[float] | None):
 @dataclass
 class Settings:
     runs: str = "out/cifar10"  # folder of experiments/cifar10.sh
-    judge: str = ""  # which judge: classifierJUDGE.pt, judgedJUDGE.json
+    judge: str | None = None  # which judge: classifierJUDGE.pt, judgedJUDGE.json
     figure: str = "assets/compute.png"  # picture to write; of the larger student: ..._larger.png
 
 
 def main():
     args = models.parse_settings(Settings, __doc__)
-    runs, figure = Path(args.runs), Path(args.figure)
-    found, classifier = find_results(runs, args.judge), runs / f"classifier{args.judge}.pt"
+    runs, figure, judge = Path(args.runs), Path(args.figure), args.judge or ""
+    found, classifier = find_results(runs, judge), runs / f"classifier{judge}.pt"
     real = models.load_file(classifier).get("round_trips") if classifier.is_file() else None
     for text in (*table(found), "", "In steps of vanilla of the same seed:", "", *worths(found)):
         say(text)

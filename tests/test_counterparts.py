@@ -500,7 +500,11 @@ def test_inception_equals_torch_fidelity(inception, pictures, tmp_path):
         features, logits = theirs(pictures)
         f, s, p = inception(pictures)
     assert blocks[0].shape[1:] == (768, 17, 17)
-    pairs = ((f, features), (s, blocks[0][:, :7].flatten(1)), (p, logits.softmax(1)))
+    pairs = (
+        (f, features),
+        (s, blocks[0][:, :7].permute(0, 2, 3, 1).flatten(1)),
+        (p, logits.softmax(1)),
+    )
     differences = [largest(ours, their) for ours, their in pairs]
     top = f"of features up to {features.abs().max():.1f}"
     print("torch-fidelity", *(f"{d:.1e}" for d in differences), top)
