@@ -294,7 +294,7 @@ def test_weights_that_are_not_there_are_not_invented(model, vae_file, tmp_path):
     torch.save({"model": model.state_dict(), "steps": 5}, tmp_path / "theirs.pt")
     call(convert_sit, tmp_path / "theirs.pt", tmp_path / "out.pt", "--vae", vae_file, *SAID)
     assert same(load_checkpoint(tmp_path / "out.pt", "model")[0].state_dict(), model.state_dict())
-    with pytest.raises(UserError, match="ema"):
+    with pytest.raises(UserError, match="--weights model"):
         load_checkpoint(tmp_path / "out.pt")
 
 
