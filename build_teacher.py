@@ -60,8 +60,6 @@ def main():
     out = Path(args.out) / "teacher.pt"
     if out.exists() and not args.overwrite:
         raise UserError(f"{out}: is there, perhaps in use; --overwrite, or another --out")
-    if not Path(args.ckpt).exists():
-        raise UserError(f"{args.ckpt}: no such run; train stage 1 first: python train_stage1.py")
     model, saved = models.load_checkpoint(args.ckpt, args.weights, null_label_for="f_u")
     name, step = saved["args"]["model"], saved["step"]
     depth = args.teacher_depth or models.parse_name(name)[0].teacher_depth

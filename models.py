@@ -254,7 +254,8 @@ def load_checkpoint(path, weights="ema", null_label_for="") -> tuple[SiT, dict]:
     UserError if the average, or the null label `null_label_for` some flag, is not trained."""
     if Path(path).is_dir():
         path = next(iter(checkpoints(path)), Path(path) / "ckpt-*.pt")
-    saved = load_file(path, CONVERT.format(path), FORMAT)
+    missing = "no such file; train_stage1.py and train_stage2.py make checkpoints"
+    saved = load_file(path, CONVERT.format(path), FORMAT, missing)
     with reading(path, f"holds no {weights} network; try --weights model or --weights ema"):
         model, args = build_for(saved["args"], saved["meta"]), saved["args"]
         model.load_state_dict(saved[weights])
@@ -272,7 +273,7 @@ RULES = {"at_least": ge, "above": gt, "below": lt, "at_most": le}  # for a numbe
 
 
 def setting(default, help=None, **rules):
-    """A setting with `rules`: those above, choices, positional, alias."""
+    """A setting with `rules`: those above, choices, positional."""
     return field(default=default, metadata={"help": help, **rules})
 
 
@@ -290,18 +291,18 @@ def parse_settings(Settings: type, doc: str):
         options = {"type": kind, "choices": f.metadata.get("choices")}
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
-        names = [flag(name) for name in (f.name, f.metadata.get("alias")) if name]
+        name = flag(f.name)
         if "positional" in f.metadata:
-            names = [f.name]
-            options["nargs"] = "?" if f.default is None else None
-        parser.add_argument(*names, default=f.default, help=help.replace("%", "%%"), **options)
+            name, options["nargs"] = f.name, "?" if f.default is None else None
+        parser.add_argument(name, default=f.default, help=help.replace("%", "%%"), **options)
     settings = Settings(**vars(parser.parse_args()))
     for f in fields(Settings):
         value = getattr(settings, f.name)
         rules = {"at_least": 1, **f.metadata} if type(value) is int else f.metadata  # counts
-        if (value == "" != f.default) or isinstance(value, float) and not math.isfinite(value):
-            must = "be a finite number" if value else "not be empty"
-            refuse(f"{flag(f.name)} {value}: must {must}")
+        if value == "" != f.default:
+            refuse(f"{flag(f.name)}: must not be empty")
+        if isinstance(value, float) and not math.isfinite(value):
+            refuse(f"{flag(f.name)} {value}: must be a finite number")
         for rule, limit in rules.items():
             if rule in RULES and value is not None and not RULES[rule](value, limit):
                 refuse(f"{flag(f.name)} {value}: must be {rule.replace('_', ' ')} {limit}")

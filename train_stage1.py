@@ -183,7 +183,8 @@ class Losses(nn.Module):
         aux, rows = self.auxiliary, self.rows
         taps = [aux.depth] if self.projector else []
         prediction, tokens = self.model(x_t, t, told, taps=taps)
-        loss_diff = (prediction.float() - velocity).square().flatten(1).mean(dim=1).mean()
+        error = (prediction.float() - velocity).square()
+        loss_diff = error.flatten(1).mean(dim=1).mean()
         if self.projector is None:
             return loss_diff, torch.zeros_like(loss_diff)
         answer = self.projector(tokens[aux.depth][rows]).float()
@@ -227,8 +228,8 @@ def train(args: TrainSettings, auxiliary: Auxiliary):
     has_aux = auxiliary.weight > 0 and start < min(auxiliary.until, args.steps)
     if has_aux:
         auxiliary.prepare(folder, device)
-    models.agree(settings=vars(args), latents=folder.meta["identity"], checkpoint=start)
-    models.agree(teacher=auxiliary.identity)
+    same = {"latents": folder.meta["identity"], "teacher": auxiliary.identity}
+    models.agree(settings=vars(args), checkpoint=start, **same)
     state = State(args, folder, device, auxiliary if has_aux else None)
     held = models.lock(args.out) if rank == 0 and not held else held  # until train returns
     if saved:
@@ -366,9 +367,6 @@ class State:
             for name, part in self.parts().items():
                 if part:
                     part.load_state_dict(copy.deepcopy(saved[name]))  # nothing stays mapped
-            for p, moments in self.optimizer.state.items():
-                if moments["exp_avg"].shape != p.shape:
-                    raise ValueError("its optimizer's moments are not of this network")
             self.step = saved["step"]
             self.sums.copy_(torch.tensor(saved["sums"], dtype=torch.float64))
 

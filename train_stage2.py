@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import models
 from build_teacher import guided_features, load_teacher
-from models import Projector, UserError, setting, warn
+from models import Projector, UserError, setting
 from train_stage1 import Auxiliary, TrainSettings, train
 from vae_latents import fingerprint
 
@@ -33,9 +33,8 @@ class Guidance(Auxiliary):
     name = "guide"
 
     def prepare(self, folder, device):
-        args, (size, patch) = self.args, models.parse_name(self.args.model)
+        args, (_, patch) = self.args, models.parse_name(self.args.model)
         teacher, saved = load_teacher(args.teacher)
-        whole = models.parse_name(saved["args"]["model"])[0]
         theirs, ours = dict(saved["meta"]), dict(folder.meta)
         theirs.update(patch=teacher.patch, vae=theirs["vae"].get("identity"))
         ours.update(patch=patch, vae=ours["vae"].get("identity"))
@@ -43,9 +42,6 @@ class Guidance(Auxiliary):
             if theirs[what] not in (None, ours[what]):
                 wrong = f"--teacher {args.teacher}: {what} {theirs[what]}, not {ours[what]}"
                 raise UserError(wrong[:300])
-        if self.depth / size.depth >= teacher.depth / whole.depth:
-            blocks = f"{self.depth} of {size.depth} is no shallower than the teacher's"
-            warn(f"--guide-depth: {blocks} {teacher.depth} of {whole.depth}")
         self.s = saved["scale"] if args.guide_scale is None else args.guide_scale
         self.identity = fingerprint(self.s, *teacher.state_dict().values())
         self.teacher = teacher.to(device)

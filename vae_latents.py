@@ -199,8 +199,6 @@ def find_vae(given, meta) -> AutoencoderKL:
 def open_image(path, size=None) -> np.ndarray:
     """Any image file as RGB (H, W, 3) uint8, upright; with `size`, its centre (size, size, 3),
     cut as ADM does it (Dhariwal & Nichol 2021)."""
-    if not Path(path).is_file():  # a pipe would be waited for
-        raise ValueError("not a regular file")
     with Image.open(path) as image:
         image.load()
         with contextlib.suppress(Exception):  # what is in the metadata never costs a picture
@@ -217,14 +215,13 @@ def open_image(path, size=None) -> np.ndarray:
         image = image.convert("RGB")
     if size is None:
         return np.asarray(image)
-    if max(image.size) > 100 * min(image.size):
-        raise ValueError(f"{image.width} x {image.height} pixels have no centre")
     while min(image.size) >= 2 * size:  # halved by boxes, then bicubic to the short side
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
     shape = round(image.width * scale), round(image.height * scale)
     left, top = (shape[0] - size) // 2, (shape[1] - size) // 2
-    return np.asarray(image.resize(shape, Image.BICUBIC))[top : top + size, left : left + size]
+    image = image.resize(shape, Image.BICUBIC)
+    return np.asarray(image)[top : top + size, left : left + size]
 
 
 def image_files(folder, seen: set, left_out: list) -> list[str]:
@@ -232,12 +229,12 @@ def image_files(folder, seen: set, left_out: list) -> list[str]:
     files = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         real = os.path.realpath(entry.path)
-        kind = os.path.isdir(real) or entry.name.lower().endswith(IMG_EXTENSIONS)
-        if not kind or entry.name.startswith(".") or real in seen or not os.path.exists(real):
+        is_image = os.path.isfile(real) and entry.name.lower().endswith(IMG_EXTENSIONS)
+        if entry.name.startswith(".") or real in seen or not (is_image or entry.is_dir()):
             left_out.append(entry.path)
             continue
         seen.add(real)  # each file counts once, whatever links to it
-        files += image_files(entry.path, seen, left_out) if entry.is_dir() else [entry.path]
+        files += [entry.path] if is_image else image_files(entry.path, seen, left_out)
     return sorted(files, key=os.path.split)
 
 
@@ -371,7 +368,8 @@ def encode(images, vae, moments, done, batch, rank, world):
         readable = np.array([pixels is not None for pixels, _ in items])
         if readable.any():
             pixels = np.stack([pixels for pixels, _ in items if pixels is not None])
-            latents = torch.cat(vae.encode(from_uint8(pixels).to(device)), dim=1).half().cpu()
+            mean, std = vae.encode(from_uint8(pixels).to(device))
+            latents = torch.cat([mean, std], dim=1).half().cpu()
             if not latents.isfinite().all():
                 raise UserError(f"--vae: latents near {images.files[rows[0]]} are not finite")
             moments[rows[readable]] = latents
@@ -398,7 +396,8 @@ def finish(images, vae, moments, done, meta, out):
         moments.flush()
         kept = np.arange(len(kept))
         kept[holes] = last  # row i is image kept[i]
-    mean, std = np.split(moments[: len(kept) : 1 + len(kept) // 4096].astype(float), 2, axis=1)
+    some = moments[: len(kept) : 1 + len(kept) // 4096].astype(float)
+    mean, std = np.split(some, 2, axis=1)
     meta["std"] = float(vae.scale * np.sqrt(mean.var() + (std**2).mean()))  # of x0
     meta.update(format=FORMAT, num_images=len(kept), classes=images.classes, scale=vae.scale)
     meta.update(channels=mean.shape[1], height=mean.shape[2], width=mean.shape[3])
@@ -418,7 +417,9 @@ def main():
     if args.image_size % 8 or not args.vae or not args.images:
         raise UserError("needed: --images DIR, --vae FILE, --image-size a multiple of 8")
     device, rank, world = models.setup(args.device)
-    vae, images, out = load_vae(args.vae), Images(args.images, args.image_size), Path(args.out)
+    vae = load_vae(args.vae)
+    images = Images(args.images, args.image_size)
+    out = Path(args.out)
     names = [os.path.relpath(file, args.images) for file in images.files]
     dates = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, images.files)]
     tag = fingerprint(names, dates, args.image_size, vae.identity())[:12]

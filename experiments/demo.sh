@@ -31,7 +31,7 @@ teacher_steps=2000 steps=1400 vanilla_steps=1900 # so that both cost the same in
 samples() { # samples CHECKPOINT NAME: without guidance, for the figures, and with, to look at
     local cfg
     for cfg in 1 3; do
-        unless $D/samples-$2-cfg$cfg/samples.npz python sample.py --ckpt "$1" --num-images 300 \
+        unless $D/samples-$2-cfg$cfg/samples.npz python sample.py --ckpt "$1" --num 300 \
             --mode euler --steps 20 --cfg $cfg --device cpu --out $D/samples-$2-cfg$cfg
     done
 }

@@ -26,11 +26,10 @@ trap 'exit 143' TERM HUP
 step() {
     local name=$1 wanted=$2 start=$SECONDS status=0 sent='' result=ok
     shift 2
-    : > "$D/$name.log" # it is looked into before the command has begun
     "$@" > "$D/$name.log" 2>&1 &
     job=$!
     while kill -0 "$job" 2> /dev/null; do
-        if [ -z "$sent" ] && [ -n "${stop_at:-}" ] && grep -q "^$stop_at" "$D/$name.log"; then
+        if [ -z "$sent" ] && [ -n "${stop_at:-}" ] && grep -qs "^$stop_at" "$D/$name.log"; then
             kill -TERM "$job" && sent=yes
         fi
         [ $((SECONDS - start)) -lt 300 ] || kill -TERM "$job" # it hangs

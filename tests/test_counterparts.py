@@ -390,7 +390,7 @@ def test_a_foreign_checkpoint_samples(foreign, vae_file, tmp_path):
     vae = tmp_path / "vae.pt"
     vae.write_bytes(vae_file.read_bytes())
     ok("experiments/convert_sit.py", tmp_path / "their.pt", tmp_path / "ours.pt", "--vae", vae)
-    args = ["--ckpt", tmp_path / "ours.pt", "--num-images", 3, "--steps", 2, "--device", "cpu"]
+    args = ["--ckpt", tmp_path / "ours.pt", "--num", 3, "--steps", 2, "--device", "cpu"]
     ok("sample.py", *args, "--out", tmp_path / "out")
     with np.load(tmp_path / "out/samples.npz") as samples:
         assert samples["arr_0"].shape == (3, 32, 32, 3)

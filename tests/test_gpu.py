@@ -198,7 +198,7 @@ def test_the_precision_of_f_g(monkeypatch, tmp_path):
     figures = bench_figures(monkeypatch, tmp_path, *flags, wanted=["precision"])
     [found] = figures.values()
     gap, exact, half, brain = found.values()
-    assert gap > 0.1  # training taught it the classes
+    assert gap > 10 * exact  # training taught it the classes: more than rounding, how much varies
     assert exact < 0.01 < half < brain < 100  # 23, 10 and 7 bits of mantissa
     assert 4 < brain / half < 16
 

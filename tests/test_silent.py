@@ -149,18 +149,18 @@ def test_the_readings_that_the_message_offers_are_taken(numbered, refused, tmp_p
     assert dict(zip(readings, labels, strict=True)) == {"name:10": 2, "label:10": 10}
 
 
-NAMES = ["1,2", "fox", "goldfish", "tench, Tinca tinca", "ü", "é"]
+NAMES = ["bear", "fox", "goldfish", "tench, Tinca tinca", "ü", "é"]
 
 
 def test_names_with_commas_and_letters_of_other_languages(numbered, refused, tmp_path):
     names = [*NAMES, *(f"class {i}" for i in range(len(NAMES), 12))]
     ckpt = changed_checkpoint(numbered.run, tmp_path / "named.pt", meta={"classes": names})
     given = ["--ckpt", ckpt, "--num", 2, *EULER]
-    wanted = {"tench, Tinca tinca": [3, 3], "fox,ü": [1, 4], "name:fox,label:3": [1, 3]}
+    wanted = {"label:3": [3, 3], "fox,ü": [1, 4], "name:fox,label:3": [1, 3]}
     for number, (words, labels) in enumerate(wanted.items()):
         call(sample, *given, "--classes", words, "--out", tmp_path / str(number))
         assert samples_in(tmp_path / str(number))["labels"].tolist() == labels
-    for words in ("1,2", "tench", "fox, ü", "Fox", "12", "-1", "1.0", "fox,"):
+    for words in ("tench, Tinca tinca", "tench", "fox, ü", "Fox", "12", "-1", "1.0", "fox,"):
         refused(sample, *given, "--classes", words, "--out", tmp_path / "no", says=["--classes"])
     assert not (tmp_path / "no").exists()
 
@@ -186,7 +186,7 @@ def test_samples_say_how_they_were_made(numbered, tmp_path):
     call(sample, *given, "--out", tmp_path)
     settings = json.loads(samples_in(tmp_path)["settings"].item())
     wanted = {"labels": "balanced", "mode": "euler", "steps": 2, "cfg": 1.5, "guidance_high": 0.5}
-    assert wanted.items() <= settings.items() and settings["num_images"] == 4
+    assert wanted.items() <= settings.items() and settings["num"] == 4
 
 
 @pytest.mark.parametrize("mode", ["euler", "heun"])
