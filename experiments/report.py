@@ -31,14 +31,14 @@ from train_stage1 import Alignment
 METRICS = {"FD-CNN": (2, 1), "agreement": (1, 100), "precision": (3, 1), "recall": (3, 1)}
 STUDENTS = {"": "SiT-Ti/2", "W-": "SiT-W/2"}  # by how a row's name begins: the unit of compute
 SERIES = {  # of the figures: what they call a row, and its colour
-    "vanilla": ("vanilla SiT-Ti", "tab:gray"),
-    "descTi": ("as described, Ti teacher", "tab:blue"),
-    "descN": ("as described, N teacher", "tab:red"),
+    "vanilla": ("vanilla SiT", "tab:gray"),
+    "descTi": ("stage 2, teacher of its own size", "tab:blue"),
+    "descN": ("stage 2, small teacher (N)", "tab:red"),
     "repa": ("REPA, with a CNN that saw the labels", "tab:green"),
-    "W-vanilla": ("vanilla SiT-W", "tab:gray"),
-    "W-descN": ("as described, N teacher", "tab:red"),
-    "W-descP": ("as described, P teacher", "tab:orange"),
-    "W-relN": ("as released, N teacher", "tab:purple"),
+    "W-vanilla": ("vanilla SiT", "tab:gray"),
+    "W-descN": ("stage 2, small teacher (N)", "tab:red"),
+    "W-descP": ("stage 2, smaller teacher (P)", "tab:orange"),
+    "W-relN": ("stage 2, small teacher (N), mask as released", "tab:purple"),
 }
 
 
@@ -201,9 +201,9 @@ def draw_row(axis, steps: dict, metric: str, label: str, colour: str):
 
 
 def draw(found: dict, rows: list[str], real: list[float] | None):
-    """FD-CNN and agreement of `rows` against total compute; dotted, `real`: those of real images
-    after a round trip through the VAE."""
-    figure = new_figure(9, 4.2)
+    """FD-CNN and agreement of `rows` against total compute; `real`: those of real images after a
+    round trip through the VAE, in words, because they lie far beyond the curves."""
+    figure = new_figure(8.4, 4)
     axes = figure.subplots(1, 2)
     panels = {"FD-CNN": "FD-CNN, lower is better", "agreement": "class asked for, %"}
     for number, (metric, title) in enumerate(panels.items()):
@@ -211,13 +211,14 @@ def draw(found: dict, rows: list[str], real: list[float] | None):
         for row in rows:
             draw_row(axis, found[row], metric, *SERIES[row])
         if real:
-            limit = METRICS[metric][1] * real[number]
-            axis.axhline(limit, color="black", linestyle=":", label="real images through the VAE")
+            digits, scale = METRICS[metric]
+            limit = f"real images through the VAE: {scale * real[number]:.{digits}f}"
+            axis.set_title(limit, fontsize=10, color="dimgray")
         axis.set(ylabel=title, xlabel="total compute, thousands of vanilla steps")
         axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=10)
     return figure
 
 

@@ -543,7 +543,7 @@ def test_the_larger_student_in_the_report(tmp_path, monkeypatch, capsys):
         assert f"| W-descN | {seed} | 3,007 | 5,250 | more than 6,000 |" in lines
     assert "| W-relN | 1 | 3,007 | more than 6,000 | at most 3,000 |" in lines
     assert not any("W-vanilla" in line for line in lines[lines.index("") :])
-    assert Image.open(tmp_path / "figure_larger.png").size == (900, 420)
+    assert Image.open(tmp_path / "figure_larger.png").size == (840, 400)
     assert not (tmp_path / "figure.png").exists()  # no row of the small student
 
 
