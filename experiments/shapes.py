@@ -1,8 +1,9 @@
-"""Draw an image folder: ten classes of shapes, OUT/<class>/<index>.png.
+"""Draw an image folder: eight classes of figures, OUT/<class>/<index>.png.
 
     python experiments/shapes.py data/shapes-images --num 10000 --size 32
 
-Image i is a function of i alone: a figure of random place, size, tilt and colour on white paper.
+Image i is a function of i alone. The class is the figure's outline; its place, size, tilt and style
+and the three colours are free, and most of what a network must learn.
 """
 
 import sys
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models
@@ -36,21 +37,20 @@ def heart():
 STAR = np.stack([polygon(5), polygon(5, 0.42, np.pi / 5)], axis=1).reshape(10, 2)
 HEAD = [(1, 0), (0.1, -0.8), (0.1, -0.3)]
 ARROW = np.array([*HEAD, (-1, -0.3), (-1, 0.3), (0.1, 0.3), (0.1, 0.8)])
+CORNER = np.array([(0.3, -1), (0.3, -0.3), (1, -0.3)])  # of a cross, turned four times
+TURNS = [np.array([(0, 1), (-1, 0)]), np.array([(-1, 0), (0, -1)]), np.array([(0, -1), (1, 0)])]
 
-# name -> polygons; those of CUT_OUT lose their second polygon
-SHAPES = {
-    "circle": [polygon(60)],
-    "square": [rectangle(-0.8, -0.8, 0.8, 0.8)],
-    "triangle": [polygon(3)],
-    "star": [STAR],
-    "cross": [rectangle(-0.3, -1, 0.3, 1), rectangle(-1, -0.3, 1, 0.3)],
-    "ring": [polygon(60), polygon(60, 0.55)],
-    "crescent": [polygon(60), polygon(60, 0.8, 0, 0.5, -0.1)],
-    "heart": [heart()],
-    "bars": [rectangle(x - 0.2, -0.95, x + 0.2, 0.95) for x in (-0.75, 0, 0.75)],
-    "arrow": [ARROW],
+FIGURES = {
+    "circle": polygon(60),
+    "square": rectangle(-0.8, -0.8, 0.8, 0.8),
+    "diamond": polygon(4),
+    "triangle": polygon(3),
+    "star": STAR,
+    "cross": np.concatenate([CORNER, *(CORNER @ turn for turn in TURNS)]),
+    "heart": heart(),
+    "arrow": ARROW,
 }
-CUT_OUT = {"ring", "crescent"}
+STYLES = ["plain", "hollow", "cored", "halved"]  # one ink; a hole; a core or a half of another ink
 INKS = np.array(  # red, orange, green, blue, violet, black
     [(215, 40, 40), (235, 130, 20), (40, 150, 60), (30, 110, 210), (120, 60, 170), (40, 40, 50)]
 )
@@ -59,19 +59,31 @@ INKS = np.array(  # red, orange, green, blue, violet, black
 def draw_shape(index, size) -> tuple[str, Image.Image]:
     """The class and the picture (size x size, RGB) of drawing `index`."""
     rng = np.random.default_rng((20260107, index))
-    name = list(SHAPES)[index % len(SHAPES)]
+    name = list(FIGURES)[index % len(FIGURES)]
+    style = STYLES[rng.integers(len(STYLES))]
     canvas = 4 * size  # drawn four times too large, then averaged: smooth edges
-    colour = INKS[rng.integers(len(INKS))] + rng.integers(-20, 21, 3)
-    ink, paper = tuple(map(int, colour.clip(0, 255))), (255, 255, 255)
+    colours = INKS[rng.permutation(len(INKS))[:3]] + rng.integers(-20, 21, (3, 3))
+    colours[2] = 255 - (255 - colours[2]) * rng.uniform(0.1, 0.35)  # pale
+    ink, other, paper = (tuple(map(int, colour)) for colour in colours.clip(0, 255))
     radius = canvas * rng.uniform(0.32, 0.42)
     centre = canvas / 2 + rng.uniform(-1, 1, 2) * (canvas * 0.45 - radius)
     tilt = rng.uniform(-0.3, 0.3)
     turn = np.array([[np.cos(tilt), -np.sin(tilt)], [np.sin(tilt), np.cos(tilt)]])
     image = Image.new("RGB", (canvas, canvas), paper)
-    for number, points in enumerate(SHAPES[name]):
-        fill = paper if number and name in CUT_OUT else ink
+
+    def area(points):
+        mask = Image.new("L", image.size)
         corners = centre + radius * points @ turn.T
-        ImageDraw.Draw(image).polygon([tuple(corner) for corner in corners], fill=fill)
+        ImageDraw.Draw(mask).polygon([tuple(corner) for corner in corners], fill=255)
+        return mask
+
+    points = FIGURES[name]
+    whole, half = area(points), area(rectangle(0, -2, 2, 2))
+    image.paste(ink, mask=whole)
+    if style == "halved":
+        image.paste(other, mask=ImageChops.darker(whole, half))
+    elif style != "plain":
+        image.paste(other if style == "cored" else paper, mask=area(0.5 * points))
     return name, image.resize((size, size), Image.BOX)
 
 
@@ -92,7 +104,7 @@ class Settings:
 def main():
     args = models.parse_settings(Settings, __doc__)
     write(args.out, args.num, args.size)
-    say(f"{args.out}: {args.num} drawings of {len(SHAPES)} shapes, {args.size} px")
+    say(f"{args.out}: {args.num} drawings of {len(FIGURES)} shapes, {args.size} px")
 
 
 if __name__ == "__main__":

@@ -285,4 +285,4 @@ def test_report(folder, tmp_path, capsys):
     assert "| vanilla | 1 | 2 | 2 | 30.00 | 30.0 | 0.900 | 0.200 |" in lines
     both = f"1, 2 | 3 | {compute:.0f} | 21.50 ± 2.12 | 45.0 ± 7.1 | 0.900 ± 0.000 | 0.200 ± 0.000"
     assert f"| descTi | {both} |" in lines
-    assert Image.open(tmp_path / "figure.png").size == (900, 420)
+    assert Image.open(tmp_path / "figure.png").size == (840, 400)

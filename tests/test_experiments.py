@@ -466,7 +466,7 @@ def test_probe_of_latents_that_it_cannot_look_at(runs, latents, tmp_path):
         "one": {"num": 1},
     }.items():
         data = write_folder(tmp_path / name, **other)
-        says = [str(data), "(10, 4, 16, 16)"]
+        says = [str(data), "(8, 4, 16, 16)"]
         refused(probe, run, "--data", data, *out, says=says, out=out[-1])
     refused(probe, run, "--data", tmp_path / "none", *out, says=["none"], out=out[-1])
     refused(probe, tmp_path / "none", *out, says=["none"])
@@ -716,15 +716,21 @@ def test_the_demos_last_page(runs, tmp_path, monkeypatch, capsys):
     demo = Path("out/demo")
     for run, source in (("stage2", "stage2"), ("vanilla", "stage1")):
         shutil.copytree(runs / source, demo / run)
-    lines = []
+    lines, images = [], np.random.default_rng(0).integers(0, 256, (60, 32, 32, 3), np.uint8)
     for name in ("stage2", "vanilla", "vanilla-steps"):
         for cfg in (1, 3):
             folder = demo / f"samples-{name}-cfg{cfg}"
             folder.mkdir()
-            Image.new("RGB", (960, 960)).save(folder / "grid.png")
             samples = str(folder / "samples.npz")
+            np.savez(samples, arr_0=images, labels=np.arange(60) % 10)
             lines.append({"samples": samples, "FD-CNN": 12.5 * cfg, "agreement": 0.25 * cfg})
     (demo / "judged.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    refused(demo_sheet, says=["classifier.pt"], out=demo / "demo.png")
+    cnn = classifier.CNN(10, 4).eval()
+    known = {"mu": torch.zeros(128), "sigma": torch.eye(128), "reference": torch.zeros(9, 128)}
+    Path("data/shapes").mkdir(parents=True)
+    saved = {"model": cnn.state_dict(), "classes": 10, "width": 4, "size": 32, **known}
+    torch.save(saved, "data/shapes/classifier.pt")
     refused(demo_sheet, says=["features.png", "demo.sh"], out=demo / "demo.png")
     (demo / "probe").mkdir()
     Image.new("RGB", (672, 914)).save(demo / "probe/features.png")
@@ -736,4 +742,21 @@ def test_the_demos_last_page(runs, tmp_path, monkeypatch, capsys):
     cost = report.compute(demo / "stage2", 8, "SiT-Ti/4")
     total = [line for line in said if line.startswith("total compute")][0].split()
     assert total[-3] == f"{cost:,.0f}"
-    assert Image.open(demo / "demo.png").size == (4 * 496, 504)
+    assert Image.open(demo / "demo.png").size == (1680, 1320)
+
+
+def test_a_wrong_class_is_framed():
+    images = torch.randint(0, 256, (24, 8, 8, 3), dtype=torch.uint8)
+    labels, seen = torch.arange(24) % 4, torch.arange(24) % 4
+    seen[[1, 6]] = 0
+
+    def cnn(batch):  # the order of the images says which label is seen
+        return batch.flatten(1)[:, :1].float(), torch.eye(4)[seen[: len(batch)]]
+
+    pixels = demo_sheet.framed_grid(cnn, images, labels, 4)
+    assert pixels.shape == (demo_sheet.ROWS * 14, 4 * 14, 3)
+    framed = [
+        tuple(pixels[r * 14 + 1, c * 14 + 1]) == (220, 30, 30) for r in (0, 1) for c in range(4)
+    ]
+    assert framed == [False, True, False, False, False, False, True, False]
+    assert np.array_equal(pixels[14 + 3 : 14 + 11, 3:11], images[4].numpy())

@@ -30,7 +30,7 @@ def digest(folder):
 
 def test_shapes_are_a_function_of_the_index():
     draw = shapes.draw_shape
-    assert [draw(i, 32)[0] for i in range(12)] == [*shapes.SHAPES, *list(shapes.SHAPES)[:2]]
+    assert [draw(i, 32)[0] for i in range(12)] == [*shapes.FIGURES, *list(shapes.FIGURES)[:4]]
     assert draw(7, 32)[1].tobytes() == draw(7, 32)[1].tobytes()
     assert len({draw(i, 32)[1].tobytes() for i in range(100)}) == 100
 

@@ -205,7 +205,7 @@ def judge(tmp_path_factory):
 
 def write_small(path, runs, seed=3):
     """A small network of the runs' latents, with a strong opinion."""
-    model = tiny(seed=seed, name="SiT-N")
+    model = tiny(num_classes=8, seed=seed, name="SiT-N")
     saved = models.load_file(next(iter(models.checkpoints(runs / "stage1"))))
     args = {**saved["args"], "model": "SiT-N/8"}
     torch.save({**saved, "args": args, "ema": model.state_dict()}, path)
@@ -314,7 +314,7 @@ def test_guide_by_internal(latents, judge, tmp_path):
 def test_user_errors(flags, message, runs, judge, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saved = models.load_file(write_small(tmp_path / "other.pt", runs))
-    classes, vae = {"classes": list("abcdefghij")}, {"vae": {"path": "a.pt", "identity": "other"}}
+    classes, vae = {"classes": list("abcdefgh")}, {"vae": {"path": "a.pt", "identity": "other"}}
     for name, change in (("classes", classes), ("vae", vae)):
         torch.save({**saved, "meta": {**saved["meta"], **change}}, f"{name}.pt")
     (tmp_path / "broken.jsonl").write_text('{"ckpt": "a"')
