@@ -5,7 +5,6 @@ counted), from the same noise; the pictures whose class the judge does not see a
 how many of all samples have their class, and the teacher's features as colours.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -22,15 +21,8 @@ from models import say
 DEMO, JUDGE = Path("out/demo"), Path("data/shapes/classifier.pt")
 CFG = 3  # the guidance of the samples that are shown
 ROWS = 5  # of pictures in each grid, a class a column
-TILE = 112  # side of a tile in probe.py's picture
-COLOURS = {"stage 2": "tab:red", "vanilla SiT": "tab:gray"}
-
-
-def judged() -> dict:
-    """{folder of samples: what the classifier said}."""
-    with models.reading(DEMO / "judged.jsonl", "is not whole; run experiments/demo.sh"):
-        rows = map(json.loads, (DEMO / "judged.jsonl").read_text().splitlines())
-        return {Path(row["samples"]).parent.name: row for row in rows}
+TILE = 112  # side of a tile in probe.py's picture, below a line of 18 pixels
+NETWORKS = {"stage 2": ("stage2", "tab:red"), "vanilla SiT": ("vanilla", "tab:gray")}
 
 
 def framed_grid(cnn, images, labels, classes) -> np.ndarray:
@@ -47,14 +39,6 @@ def framed_grid(cnn, images, labels, classes) -> np.ndarray:
     return sheet
 
 
-def feature_tiles(path) -> np.ndarray:
-    """Of probe.py's picture: three images, and f_u, f_c and f_g of each."""
-    with models.reading(path, "is no picture; remove it and run experiments/demo.sh"):
-        pixels = np.asarray(Image.open(path).convert("RGB"))
-    rows = slice(18, 18 + 3 * TILE)  # 18: the line of titles
-    return np.hstack([pixels[rows, i * TILE : (i + 1) * TILE] for i in (0, 3, 4, 5)])
-
-
 def draw(grids: dict, bars: dict, classes: list[str]):
     """The sheet, 840 pixels wide where a page shows it. grids: {title: pixels}; bars: {guidance:
     {network: (share, number of samples)}}."""
@@ -68,7 +52,7 @@ def draw(grids: dict, bars: dict, classes: list[str]):
         axis.set_yticks([])
         axis.spines[:].set_visible(False)
     axis, features = bottom.subplots(1, 2, width_ratios=[1, 1.4])
-    for number, (name, colour) in enumerate(COLOURS.items()):
+    for number, (name, (_, colour)) in enumerate(NETWORKS.items()):
         shares = np.array([found[name][0] for found in bars.values()])
         counts = np.array([found[name][1] for found in bars.values()])
         error = 100 * np.sqrt(shares * (1 - shares) / counts)
@@ -81,7 +65,9 @@ def draw(grids: dict, bars: dict, classes: list[str]):
     axis.set_ylim(0, 100)
     axis.set_title("samples with the class asked for, %", fontsize=10)
     axis.legend(fontsize=10, loc="upper left")
-    features.imshow(feature_tiles(DEMO / "probe/features.png"))
+    with models.reading(DEMO / "probe/features.png", "is no picture; run experiments/demo.sh"):
+        tiles = Image.open(DEMO / "probe/features.png").crop((0, 18, 4 * TILE, 18 + 3 * TILE))
+    features.imshow(tiles)
     features.set_title("the teacher's features, as colours", fontsize=10)
     features.set_xticks(TILE * (np.arange(4) + 0.5), ["image", "f_u", "f_c", "f_g"], fontsize=10)
     features.set_yticks([])
@@ -90,36 +76,31 @@ def draw(grids: dict, bars: dict, classes: list[str]):
 
 
 def main():
-    found, (_, meta, same) = judged(), read_run(DEMO / "stage2")
-    more, classes = read_run(DEMO / "vanilla")[2], meta["classes"]
-    columns = {"stage2": ("stage2", same), "vanilla-steps": ("vanilla", same)}
-    columns["vanilla"] = "vanilla", more
     cnn, saved = classifier.load(JUDGE)
-    bars, grids = {}, {}
-    for cfg in (1, CFG):
-        how = f"guided, cfg {cfg}" if cfg > 1 else "no guidance"
-        bars[how] = {}
-        for title, name in (("stage 2", "stage2"), ("vanilla SiT", "vanilla")):
-            folder = f"samples-{name}-cfg{cfg}"
-            samples = classifier.read_samples(DEMO / folder / "samples.npz", saved)
-            bars[how][title] = found[folder]["agreement"], len(samples[0])
-            if cfg == CFG:
-                heading = f"{title}, {columns[name][1]:,} steps, cfg {cfg}"
-                grids[heading] = framed_grid(cnn, *samples, len(classes))
+    classes = read_run(DEMO / "stage2")[1]["classes"]
+    bars, grids, lines = {"no guidance": {}, f"guided, cfg {CFG}": {}}, {}, {}
+    for name, (run, _) in NETWORKS.items():
+        step = read_run(DEMO / run)[2]
+        cost = compute(DEMO / run, step, "SiT-Ti/4")
+        cells = [f"{step:,}", f"{cost:,.0f}"]
+        for cfg, shares in zip((1, CFG), bars.values(), strict=True):
+            path = DEMO / f"samples-{run}-cfg{cfg}/samples.npz"
+            samples = classifier.read_samples(path, saved)
+            judged = classifier.measure(cnn, saved, *samples)
+            shares[name] = judged["agreement"], len(samples[0])
+            cells += [f"{100 * judged['agreement']:.1f} %", f"{judged['FD-CNN']:.2f}"]
+        lines[name] = cells
+        grids[f"{name}, {step:,} steps, cfg {CFG}"] = framed_grid(cnn, *samples, len(classes))
     with models.atomic_write(DEMO / "demo.png") as file:
         draw(grids, bars, classes).savefig(file, format="png", dpi=200)
 
-    costs = [compute(DEMO / run, steps, "SiT-Ti/4") for run, steps in columns.values()]
-    lines = {"": [run for run, _ in columns.values()]}
-    lines["steps"] = [f"{steps:,}" for _, steps in columns.values()]
-    lines["total compute, in vanilla steps"] = [f"{cost:,.0f}" for cost in costs]
+    titles = ["steps", "total compute, in vanilla steps"]
     for cfg in (1, CFG):
-        rows = [found[f"samples-{name}-cfg{cfg}"] for name in columns]
-        lines[f"class asked for, cfg {cfg}"] = [f"{100 * row['agreement']:.1f} %" for row in rows]
-        distances = [f"{row['FD-CNN']:.2f}" for row in rows]
-        lines[f"FD-CNN, cfg {cfg} (lower is better)"] = distances
-    for name, cells in lines.items():
-        say(f"{name:38}" + "".join(f"{cell:>12}" for cell in cells))
+        titles += [f"class asked for, cfg {cfg}", f"FD-CNN, cfg {cfg} (lower is better)"]
+    for cells in zip(
+        ["", *titles], *([name, *cells] for name, cells in lines.items()), strict=True
+    ):
+        say("{:38}{:>14}{:>14}".format(*cells))
     say("A CNN judges the samples; FD-CNN is a distance in its features, not FID. One seed.")
     say(f"Look at {DEMO}/demo.png")
 

@@ -90,18 +90,15 @@ def pca_rgb(*features) -> list[np.ndarray]:
 
 
 @torch.no_grad()
-def picture(model, folder, vae, blocks, s, t, device, rows=8) -> Image.Image:
-    """Rows are images; columns image, x_t, and as colours h_ds, f_u, f_c, f_g (blocks: ds, dt)."""
+def picture(model, folder, vae, depth, s, t, device, rows=8) -> Image.Image:
+    """Rows are images; columns the image and, as colours, f_u, f_c, f_g after block `depth`."""
     labels = folder.labels.unique()[:rows]
     firsts = np.array([int((folder.labels == label).nonzero()[0]) for label in labels])
     x0, x_t, times, y = noisy(folder, firsts, t, device)
-    both = both_features(model, x_t, times, y, blocks)
-    f_c, f_u = both[blocks[1]]
-    latent = (x_t[:, :3].permute(0, 2, 3, 1) / 4 + 0.5).clamp(0, 1) * 255
-    columns = {"image": decode(vae, x0), f"x_t, t = {t:g}": latent.byte().cpu().numpy()}
-    columns[f"h_{blocks[0]}"] = pca_rgb(both[blocks[0]][0])[0]
-    titles = "f_u", f"f_c = h_{blocks[1]}", f"f_g, s = {s:g}"
-    columns.update(zip(titles, pca_rgb(f_u, f_c, extrapolate(f_c, f_u, s)), strict=True))
+    f_c, f_u = both_features(model, x_t, times, y, [depth])[depth]
+    colours = pca_rgb(f_u, f_c, extrapolate(f_c, f_u, s))
+    titles = "f_u", f"f_c = h_{depth}", f"f_g, s = {s:g}"
+    columns = {"image": decode(vae, x0), **dict(zip(titles, colours, strict=True))}
     sheet = Image.new("RGB", (len(columns) * 112, 18 + len(y) * 112), "white")
     for column, (title, cells) in enumerate(columns.items()):
         ImageDraw.Draw(sheet).text((column * 112 + 4, 3), title, fill="black")
@@ -160,11 +157,11 @@ def main():
     for block, accuracies in table.items():
         cells = "".join(f"{accuracy:9.3f}" for accuracy in accuracies.values())
         say(f"{block:5}  {cells}{'   <- dt' if block == depth else ''}")
-    out, blocks = Path(args.out), (size.student_depth, depth)
+    out = Path(args.out)
     with models.atomic_write(out / "probe.json") as file:
         file.write(json.dumps({"t": args.t, "blocks": table}, indent=1).encode())
     with models.atomic_write(out / "features.png") as file:
-        picture(model, folder, vae, blocks, scales[-1], args.t, device).save(file, format="PNG")
+        picture(model, folder, vae, depth, scales[-1], args.t, device).save(file, format="PNG")
     say(f"look at {out}/features.png")
 
 

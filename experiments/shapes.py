@@ -37,8 +37,7 @@ def heart():
 STAR = np.stack([polygon(5), polygon(5, 0.42, np.pi / 5)], axis=1).reshape(10, 2)
 HEAD = [(1, 0), (0.1, -0.8), (0.1, -0.3)]
 ARROW = np.array([*HEAD, (-1, -0.3), (-1, 0.3), (0.1, 0.3), (0.1, 0.8)])
-CORNER = np.array([(0.3, -1), (0.3, -0.3), (1, -0.3)])  # of a cross, turned four times
-TURNS = [np.array([(0, 1), (-1, 0)]), np.array([(-1, 0), (0, -1)]), np.array([(0, -1), (1, 0)])]
+CORNER, TURN = np.array([(0.3, -1), (0.3, -0.3), (1, -0.3)]), np.array([(0, 1), (-1, 0)])
 
 FIGURES = {
     "circle": polygon(60),
@@ -46,7 +45,7 @@ FIGURES = {
     "diamond": polygon(4),
     "triangle": polygon(3),
     "star": STAR,
-    "cross": np.concatenate([CORNER, *(CORNER @ turn for turn in TURNS)]),
+    "cross": np.concatenate([CORNER @ np.linalg.matrix_power(TURN, i) for i in range(4)]),
     "heart": heart(),
     "arrow": ARROW,
 }

@@ -509,7 +509,7 @@ def test_probe_of_few_images(runs, tmp_path, capsys):
     assert "20 images of each" in "".join(capsys.readouterr())
     table = json.loads((tmp_path / "p/probe.json").read_text())["blocks"]
     assert {"f_u", "f_c", "f_g 30"} <= table["5"].keys()
-    assert Image.open(tmp_path / "p/features.png").size[0] == 6 * 112
+    assert Image.open(tmp_path / "p/features.png").size[0] == 4 * 112
 
 
 # ---- sampling

@@ -481,7 +481,7 @@ def test_probe_of_latents_that_it_cannot_look_at(runs, latents, tmp_path):
 def test_probe_of_two_images(runs, latents, tmp_path, capsys):
     call(probe, runs / "stage1", "--num", 2, "--out", tmp_path / "p", "--device", "cpu")
     assert "20 images of each" in capsys.readouterr().err
-    assert Image.open(tmp_path / "p/features.png").size[0] == 6 * 112
+    assert Image.open(tmp_path / "p/features.png").size[0] == 4 * 112
 
 
 def test_plots_of_logs(tmp_path):
@@ -712,37 +712,37 @@ def test_the_experiment_alone_is_ended_and_its_trainings_save(project):
 
 def test_the_demos_last_page(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    refused(demo_sheet, says=["judged.jsonl", "demo.sh"])
-    demo = Path("out/demo")
+    demo, picture = Path("out/demo"), Path("out/demo/demo.png")
+    refused(demo_sheet, says=["classifier.pt"], out=picture)
+    torch.manual_seed(0)
+    cnn, folder = classifier.CNN(10, 4).eval(), Path("data/shapes")
+    folder.mkdir(parents=True)
+    known = {"mu": torch.zeros(128), "sigma": torch.eye(128), "reference": torch.zeros(9, 128)}
+    saved = {"model": cnn.state_dict(), "classes": 10, "width": 4, "size": 32, **known}
+    torch.save(saved, folder / "classifier.pt")
+    refused(demo_sheet, says=["out/demo/stage2"], out=picture)
     for run, source in (("stage2", "stage2"), ("vanilla", "stage1")):
         shutil.copytree(runs / source, demo / run)
-    lines, images = [], np.random.default_rng(0).integers(0, 256, (60, 32, 32, 3), np.uint8)
-    for name in ("stage2", "vanilla", "vanilla-steps"):
+    refused(demo_sheet, says=["samples-stage2-cfg1"], out=picture)
+    images = np.random.default_rng(0).integers(0, 256, (60, 32, 32, 3), np.uint8)
+    for name in ("stage2", "vanilla"):
         for cfg in (1, 3):
-            folder = demo / f"samples-{name}-cfg{cfg}"
-            folder.mkdir()
-            samples = str(folder / "samples.npz")
-            np.savez(samples, arr_0=images, labels=np.arange(60) % 10)
-            lines.append({"samples": samples, "FD-CNN": 12.5 * cfg, "agreement": 0.25 * cfg})
-    (demo / "judged.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    refused(demo_sheet, says=["classifier.pt"], out=demo / "demo.png")
-    cnn = classifier.CNN(10, 4).eval()
-    known = {"mu": torch.zeros(128), "sigma": torch.eye(128), "reference": torch.zeros(9, 128)}
-    Path("data/shapes").mkdir(parents=True)
-    saved = {"model": cnn.state_dict(), "classes": 10, "width": 4, "size": 32, **known}
-    torch.save(saved, "data/shapes/classifier.pt")
-    refused(demo_sheet, says=["features.png", "demo.sh"], out=demo / "demo.png")
+            samples = demo / f"samples-{name}-cfg{cfg}/samples.npz"
+            samples.parent.mkdir()
+            seen = classifier.describe(cnn, torch.from_numpy(images))[1].numpy()
+            labels = np.where(np.arange(60) < 15 * cfg, seen, (seen + 1) % 10)  # a share is right
+            np.savez(samples, arr_0=images, labels=labels)
+    refused(demo_sheet, says=["features.png", "demo.sh"], out=picture)
     (demo / "probe").mkdir()
-    Image.new("RGB", (672, 914)).save(demo / "probe/features.png")
+    Image.new("RGB", (448, 914)).save(demo / "probe/features.png")
     call(demo_sheet)
     said = capsys.readouterr().out.splitlines()
-    assert [line for line in said if line.startswith("FD-CNN, cfg 3")][0].split()[-3:] == 3 * [
-        "37.50"
-    ]
+    shares = [line.split()[-4:] for line in said if line.startswith("class asked for")]
+    assert shares == [["25.0", "%", "25.0", "%"], ["75.0", "%", "75.0", "%"]]
     cost = report.compute(demo / "stage2", 8, "SiT-Ti/4")
     total = [line for line in said if line.startswith("total compute")][0].split()
-    assert total[-3] == f"{cost:,.0f}"
-    assert Image.open(demo / "demo.png").size == (1680, 1320)
+    assert total[-2] == f"{cost:,.0f}"
+    assert Image.open(picture).size == (1680, 1320)
 
 
 def test_a_wrong_class_is_framed():
