@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import models
 from build_teacher import guided_features, load_teacher
-from models import Projector, UserError, setting
+from models import Projector, UserError, setting, warn
 from train_stage1 import Auxiliary, TrainSettings, train
 from vae_latents import fingerprint
 
@@ -38,6 +38,9 @@ class Guidance(Auxiliary):
         theirs, ours = dict(saved["meta"]), dict(folder.meta)
         theirs.update(patch=teacher.patch, vae=theirs["vae"].get("identity"))
         ours.update(patch=patch, vae=ours["vae"].get("identity"))
+        if theirs["classes"] == [str(i) for i in range(len(ours["classes"]))] != ours["classes"]:
+            warn(f"{args.teacher}: knows no names of classes; its labels are taken as they are")
+            theirs["classes"] = ours["classes"]
         for what in ("patch", "vae", "channels", "height", "scale", "classes", "identity"):
             if theirs[what] not in (None, ours[what]):
                 wrong = f"--teacher {args.teacher}: {what} {theirs[what]}, not {ours[what]}"

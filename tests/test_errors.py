@@ -466,6 +466,21 @@ def test_a_teacher_of_other_latents_is_refused(refused, runs, latents, tmp_path,
     assert not (tmp_path / "o").exists()
 
 
+def test_a_converted_teacher_knows_labels_alone(refused, runs, latents, tmp_path, capsys):
+    """A foreign checkpoint has no names of classes: as many of them are taken, others refused."""
+    saved = torch.load(runs / "teacher/teacher.pt", weights_only=True)
+    flags = [*TRAIN, "--data", latents, "--steps", 1, "--teacher", tmp_path / "t.pt"]
+    count = len(saved["meta"]["classes"])
+    for name, classes in (("a", range(count)), ("b", range(1, count + 1))):
+        saved["meta"].update(classes=[str(i) for i in classes], identity=None)
+        torch.save(saved, tmp_path / "t.pt")
+        if name == "a":
+            call(train_stage2, *flags, "--out", tmp_path / name)
+            assert "knows no names of classes" in capsys.readouterr().err
+        else:
+            refused("train_stage2.py", *flags, "--out", tmp_path / name, says=["classes"])
+
+
 def test_a_rebuilt_teacher_is_the_same_one_and_another_is_not(refused, runs, latents, tmp_path):
     """Its identity is its tensors and s, not its file's bytes; it matters while it guides."""
     teacher, out = tmp_path / "teacher.pt", tmp_path / "o"
