@@ -300,7 +300,8 @@ class State:
         self.model = models.build_for(vars(args), folder.meta)
         self.projector = auxiliary.projector(self.model).to(device) if auxiliary else None
         if auxiliary and not 1 <= auxiliary.depth <= self.model.depth:
-            raise UserError(f"--{auxiliary.name}-depth: not one of {self.model.depth} blocks")
+            depth = f"depth {auxiliary.depth} of the loss {auxiliary.name}"
+            raise UserError(f"{depth}: {args.model} has blocks 1 to {self.model.depth}")
         self.model.to(device).grad_checkpoint = args.grad_checkpoint
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         options = {"lr": args.lr, "betas": (0.9, 0.999), "weight_decay": 0.0, "fused": True}

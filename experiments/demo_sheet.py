@@ -22,7 +22,7 @@ DEMO, JUDGE = Path("out/demo"), Path("data/shapes/classifier.pt")
 CFG = 3  # the guidance of the samples that are shown
 ROWS = 5  # of pictures in each grid, a class a column
 TILE = 112  # side of a tile in probe.py's picture, below a line of 18 pixels
-NETWORKS = {"stage 2": ("stage2", "tab:red"), "vanilla SiT": ("vanilla", "tab:gray")}
+NETWORKS = {"stage 2": ("stage2", "tab:blue"), "vanilla SiT": ("vanilla", "tab:gray")}
 
 
 def framed_grid(cnn, images, labels, classes) -> np.ndarray:
@@ -44,6 +44,7 @@ def draw(grids: dict, bars: dict, classes: list[str]):
     {network: (share, number of samples)}}."""
     figure = new_figure(8.4, 6.6)
     top, bottom = figure.subfigures(2, 1, height_ratios=[1.1, 1])
+    figure.suptitle(f"the same noise, cfg {CFG}; red frames: a CNN sees another class", fontsize=11)
     for axis, (title, pixels) in zip(top.subplots(1, 2), grids.items(), strict=True):
         axis.imshow(pixels, interpolation="nearest")
         axis.set_title(title, fontsize=10)
@@ -63,12 +64,12 @@ def draw(grids: dict, bars: dict, classes: list[str]):
         axis.bar_label(drawn, fmt="%.0f", label_type="center", color="white", fontsize=11)
     axis.set_xticks(range(len(bars)), bars, fontsize=10)
     axis.set_ylim(0, 100)
-    axis.set_title("samples with the class asked for, %", fontsize=10)
+    axis.set_title("class as asked for, % ± standard error", fontsize=10)
     axis.legend(fontsize=10, loc="upper left")
     with models.reading(DEMO / "probe/features.png", "is no picture; run experiments/demo.sh"):
         tiles = Image.open(DEMO / "probe/features.png").crop((0, 18, 4 * TILE, 18 + 3 * TILE))
     features.imshow(tiles)
-    features.set_title("the teacher's features, as colours", fontsize=10)
+    features.set_title("the teacher's 16 tokens as colours, t = 0.5, s = 10", fontsize=10)
     features.set_xticks(TILE * (np.arange(4) + 0.5), ["image", "f_u", "f_c", "f_g"], fontsize=10)
     features.set_yticks([])
     features.spines[:].set_visible(False)
@@ -90,7 +91,8 @@ def main():
             shares[name] = judged["agreement"], len(samples[0])
             cells += [f"{100 * judged['agreement']:.1f} %", f"{judged['FD-CNN']:.2f}"]
         lines[name] = cells
-        grids[f"{name}, {step:,} steps, cfg {CFG}"] = framed_grid(cnn, *samples, len(classes))
+        total = f" + teacher = {cost:,.0f}" if run == "stage2" else ""
+        grids[f"{name}: {step:,} steps{total}"] = framed_grid(cnn, *samples, len(classes))
     with models.atomic_write(DEMO / "demo.png") as file:
         draw(grids, bars, classes).savefig(file, format="png", dpi=200)
 

@@ -191,7 +191,7 @@ def test_a_relative_path_names_the_directory_it_was_looked_for_in(refused, tmp_p
 BAD_FLAGS = {
     "--batch-size 9 --accum 2": "--batch-size 9",
     "--batch-size 0": "--batch-size 0",
-    "--align-depth 9": "--align-depth",
+    "--align-depth 9": "depth 9 of the loss align: SiT-Ti/8 has blocks 1 to 8",
     "--align-depth 0": "--align-depth 0",
     "--t-min 0.7 --t-max 0.4": "--t-min 0.7",
     "--t-min 0.5 --t-max 0.5": "--t-max 0.5",
@@ -422,7 +422,7 @@ def test_teachers_that_do_not_fit(refused, runs, latents, tmp_path):
     refused(*flags, "--teacher", tmp_path / "none.pt", says=["none.pt", "build_teacher.py"])
     refused(*fits, "--model", "SiT-Ti/4", says=["patch", "8", "4"])
     assert not (tmp_path / "o").exists()  # no folder of a run that never began
-    refused(*fits, "--guide-depth", 99, says=["--guide-depth"])
+    refused(*fits, "--guide-depth", 99, says=["depth 99 of the loss guide"])
     refused(*fits, "--guide-scale", 0.5, says=["--guide-scale 0.5"])
     refused(*fits, "--guide-weight", 0, says=["--guide-weight"])
     refused(*fits, "--data", write_folder(tmp_path / "d5", classes=5), says=["teacher.pt"])

@@ -812,10 +812,10 @@ def test_what_was_just_saved_is_never_deleted(numbered, tmp_path, monkeypatch):
 
 def test_a_block_that_is_not_there_makes_no_folder(numbered, refused, tmp_path):
     given = [*SMALL, "--data", numbered.data, "--out", tmp_path / "run", "--steps", 2]
-    refused(train_stage1, *given, "--align-depth", 7, says=["--align-depth", "6"])
+    refused(train_stage1, *given, "--align-depth", 7, says=["depth 7", "1 to 6"])
     call(build_teacher, "--ckpt", numbered.run, "--out", tmp_path)
     teacher = ["--teacher", tmp_path / "teacher.pt", "--guide-depth", 7]
-    refused(train_stage2, *given, *teacher, says=["--guide-depth", "6"])
+    refused(train_stage2, *given, *teacher, says=["depth 7", "1 to 6"])
     assert not (tmp_path / "run").exists()
 
 
