@@ -38,7 +38,8 @@ class Guidance(Auxiliary):
         theirs, ours = dict(saved["meta"]), dict(folder.meta)
         theirs.update(patch=teacher.patch, vae=theirs["vae"].get("identity"))
         ours.update(patch=patch, vae=ours["vae"].get("identity"))
-        if theirs["classes"] == [str(i) for i in range(len(ours["classes"]))] != ours["classes"]:
+        numbers = [str(i) for i in range(len(ours["classes"]))]
+        if theirs["classes"] == numbers and ours["classes"] != numbers:  # a converted checkpoint
             warn(f"{args.teacher}: knows no names of classes; its labels are taken as they are")
             theirs["classes"] = ours["classes"]
         for what in ("patch", "vae", "channels", "height", "scale", "classes", "identity"):
