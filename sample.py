@@ -1,6 +1,6 @@
 """Sampling: ODE (Euler, Heun) and SDE (Euler-Maruyama) with classifier-free guidance.
 
-    python sample.py --ckpt out/stage2 --num 100 --cfg 2
+    python sample.py --ckpt out/stage2 --num-images 100 --cfg 2
 
 Writes samples.npz and grid.png; a cut-off run continues. Image i depends on (--seed, i) alone,
 for any number of processes; another --batch-size rounds a few pixels otherwise, by 1 of 255.
@@ -18,7 +18,7 @@ from PIL import Image
 
 import models
 from models import UserError, say, setting
-from vae_latents import Progress, chunks_to_do, decode, find_vae, fingerprint, shared_array
+from vae_latents import chunks_to_do, decode, find_vae, fingerprint, progress, shared_array
 
 
 @torch.no_grad()
@@ -102,7 +102,7 @@ class Settings:
     out: str = "out/samples"  # folder for samples.npz and grid.png
     weights: str = setting("ema", choices=["ema", "model"])  # which of the checkpoint's
     vae: str | None = None  # VAE to decode with (default: the training latents')
-    num: int = 100  # images in all; the paper: 50000
+    num_images: int = 100  # images in all; the paper: 50000
     classes: str | None = None  # names or labels, with commas (default: all)
     labels: str = setting("balanced", choices=["balanced", "random"])  # classes in turn, drawn
     mode: str = setting("sde", choices=["euler", "heun", "sde"])  # the sampler
@@ -122,14 +122,14 @@ def main():
         raise UserError("--guidance-low and --guidance-high must satisfy low <= high")
     model, saved = models.load_checkpoint(args.ckpt, args.weights, "--cfg" if args.cfg != 1 else "")
     vae, names = find_vae(args.vae, saved["meta"]), saved["meta"]["classes"]
-    classes, turns = list(range(len(names))), np.arange(args.num)
+    classes, turns = list(range(len(names))), np.arange(args.num_images)
     if args.classes:
         classes = [find_label(word, names) for word in args.classes.split(",")]
     if args.labels == "random":
-        turns = np.random.default_rng(args.seed).integers(2**63, size=args.num)
+        turns = np.random.default_rng(args.seed).integers(2**63, size=args.num_images)
     y = torch.tensor(classes)[turns % len(classes)]
     how = (args.steps, args.mode, args.cfg, (args.guidance_low, args.guidance_high))
-    recipe = [how, args.num, args.seed, y, vae.identity()]  # with the network: all that
+    recipe = [how, args.num_images, args.seed, y, vae.identity()]  # with the network: all that
     tag = fingerprint(*recipe, *model.state_dict().values())[:12]  # the images depend on
     device, rank, world = models.setup(args.device)
     out, samples = Path(args.out), Path(args.out) / "samples.npz"
@@ -144,21 +144,18 @@ def main():
     shape = (model.in_channels, model.input_size, model.input_size)
     side = model.input_size * vae.factor
     parts = [out / f"{name}-{tag}.part.npy" for name in ("images", "done")]
-    images = shared_array(parts[0], (args.num, side, side, 3), np.uint8, rank)
-    done = shared_array(parts[1], (args.num,), np.uint8, rank)
-    todo, made = chunks_to_do(done, args.batch_size, rank, world), 0
-    progress = Progress("sampled", sum(map(len, todo)), world)
-    for rows in todo:
+    images = shared_array(parts[0], (args.num_images, side, side, 3), np.uint8, rank)
+    done = shared_array(parts[1], (args.num_images,), np.uint8, rank)
+    todo = chunks_to_do(done, args.batch_size, rank, world)
+    for rows in progress("sampled: batch", todo, world):
         noise, seeds = initial_noise(args.seed, rows, shape)
         inputs = noise.to(device), y[rows].to(device), model.num_classes
         images[rows] = decode(vae, sample(network, *inputs, *how, seeds))
         images.flush()
         done[rows] = 1  # when the rows are on disk
-        made += len(rows)
-        progress(made)
     models.gather(None)  # rank 0 waits for the others
     if rank == 0:
-        columns = min(len(classes) if len(classes) <= 40 else 10, args.num)
+        columns = min(len(classes) if len(classes) <= 40 else 10, args.num_images)
         with models.atomic_write(out / "grid.png") as file:
             grid(images[: 10 * columns], columns).save(file, format="PNG")
         with models.atomic_write(samples) as file:  # streamed from the disk
@@ -166,7 +163,7 @@ def main():
         for part in parts:
             part.unlink()
         first_row = ", ".join(names[label] for label in y[:columns])
-        say(f"{samples}: {args.num} images; {out}/grid.png begins with {first_row}")
+        say(f"{samples}: {args.num_images} images; {out}/grid.png begins with {first_row}")
 
 
 if __name__ == "__main__":

@@ -307,19 +307,16 @@ class LatentFolder:
         return moments, self.labels[indices]
 
 
-class Progress:
-    """Say how far long work has come: with its first piece, every 5 seconds, and at its end."""
-
-    def __init__(self, what, total, world=1):
-        self.what, self.total, self.world = what, total, world
-        self.start, self.shown = time.time(), 0.0
-
-    def __call__(self, done, more=""):
+def progress(what, items, world=1):
+    """Go through `items`, and say how far: after the first, every 5 seconds, and at the end."""
+    start, shown = time.time(), 0.0
+    for done, item in enumerate(items, 1):
+        yield item
         now = time.time()
-        if now > self.shown + 5 or done == self.total:
-            self.shown, rate = now, done / (now - self.start + 1e-9)
-            far = f"{self.what} {done * self.world}/{self.total * self.world}  {more}"
-            say(f"{far}  {rate * self.world:.1f}/s  {(self.total - done) / rate:.0f} s left")
+        if now > shown + 5 or done == len(items):
+            shown, rate = now, done / (now - start + 1e-9)
+            far = f"{what} {done * world}/{len(items) * world}"
+            say(f"{far}  {rate * world:.1f}/s  {(len(items) - done) / rate:.0f} s left")
 
 
 def shared_array(path, shape, dtype, rank) -> np.ndarray:
@@ -363,8 +360,7 @@ def encode(images, vae, moments, done, batch, rank, world):
     device, todo = next(vae.parameters()).device, chunks_to_do(done, batch, rank, world)
     workers = min(8, os.cpu_count() // world) if device.type == "cuda" else 0
     loader = DataLoader(images, batch_sampler=todo, num_workers=workers, collate_fn=list)
-    progress, count = Progress("encoded", sum(map(len, todo)), world), 0
-    for rows, items in zip(todo, loader, strict=True):
+    for rows, items in zip(progress("encoded: batch", todo, world), loader, strict=True):
         readable = np.array([pixels is not None for pixels, _ in items])
         if readable.any():
             pixels = np.stack([pixels for pixels, _ in items if pixels is not None])
@@ -375,8 +371,6 @@ def encode(images, vae, moments, done, batch, rank, world):
             moments[rows[readable]] = latents
             moments.flush()
         done[rows] = np.where(readable, DONE, UNREADABLE)  # when the rows are on disk
-        count += len(rows)
-        progress(count)
 
 
 def finish(images, vae, moments, done, meta, out):

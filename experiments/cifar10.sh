@@ -53,7 +53,7 @@ measure() { # measure STEP...: samples of the EMA, from the same noise for all r
     for step in "$@"; do
         out=$E/$NAME/samples-$step
         [ -e $out/samples.npz ] ||
-            python sample.py --ckpt "$(checkpoint $step)" --num "$SAMPLES" --mode euler \
+            python sample.py --ckpt "$(checkpoint $step)" --num-images "$SAMPLES" --mode euler \
                 --steps 16 --cfg 1 $COMPILE --out $out || return 1
         [ ! -e $out/judged$JUDGE.json ] || continue
         python experiments/classifier.py judge $E/classifier$JUDGE.pt $out/samples.npz \

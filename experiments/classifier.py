@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models
 from fid import frechet_distance, precision_recall, statistics
 from models import UserError, say, setting
-from vae_latents import LatentFolder, Progress, decode, find_vae, open_image
+from vae_latents import LatentFolder, decode, find_vae, open_image, progress
 
 BATCH = 128  # of the training
 
@@ -69,11 +69,10 @@ def source_images(folder) -> torch.Tensor:
 def round_trips(folder) -> torch.Tensor:
     """Every image as the VAE gives it back, (N, S, S, 3) uint8: the best that samples can be."""
     vae = find_vae(None, folder.meta)
-    progress, decoded = Progress("round trips", len(folder)), []
-    for first in range(0, len(folder), 1000):
+    decoded = []
+    for first in progress("round trips: thousand", range(0, len(folder), 1000)):
         mean = torch.from_numpy(folder.moments[first : first + 1000]).float().chunk(2, dim=1)[0]
         decoded.append(torch.from_numpy(decode(vae, vae.scale * mean)))
-        progress(first + len(mean))
     return torch.cat(decoded)
 
 
@@ -94,8 +93,7 @@ def fit(cnn, images, labels, rows, steps, augment=False):
     """AdamW and one cycle, batches of `rows`; labels repeat if there are more images."""
     optimizer = torch.optim.AdamW(cnn.parameters(), lr=3e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    progress = Progress("classifier: step", steps)
-    for step in range(1, steps + 1):
+    for _ in progress("classifier: step", range(steps)):
         pick = rows[torch.randint(len(rows), (BATCH,))]
         x = augmented(images[pick]) if augment else images[pick]
         loss = F.cross_entropy(cnn(x)[1], labels[pick % len(labels)], label_smoothing=0.05)
@@ -103,7 +101,6 @@ def fit(cnn, images, labels, rows, steps, augment=False):
         loss.backward()
         optimizer.step()
         schedule.step()
-        progress(step, f"loss {loss:.3f}")
 
 
 @dataclass

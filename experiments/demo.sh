@@ -32,7 +32,7 @@ seed=${SEED:-0}                                  # of stage 1; the students' is 
 samples() { # samples CHECKPOINT NAME: without guidance, for the figures, and with, to look at
     local cfg
     for cfg in 1 3; do
-        unless $D/samples-$2-cfg$cfg/samples.npz python sample.py --ckpt "$1" --num 400 \
+        unless $D/samples-$2-cfg$cfg/samples.npz python sample.py --ckpt "$1" --num-images 400 \
             --mode euler --steps 20 --cfg $cfg --device cpu --out $D/samples-$2-cfg$cfg
     done
 }

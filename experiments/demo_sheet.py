@@ -58,9 +58,7 @@ def draw(grids: dict, bars: dict, classes: list[str]):
         counts = np.array([found[name][1] for found in bars.values()])
         error = 100 * np.sqrt(shares * (1 - shares) / counts)
         places = np.arange(len(bars)) + 0.4 * number - 0.2
-        drawn = axis.bar(
-            places, 100 * shares, 0.38, yerr=error, color=colour, label=name, capsize=4
-        )
+        drawn = axis.bar(places, 100 * shares, 0.38, yerr=error, color=colour, label=name)
         axis.bar_label(drawn, fmt="%.0f", label_type="center", color="white", fontsize=11)
     axis.set_xticks(range(len(bars)), bars, fontsize=10)
     axis.set_ylim(0, 100)
@@ -79,29 +77,27 @@ def draw(grids: dict, bars: dict, classes: list[str]):
 def main():
     cnn, saved = classifier.load(JUDGE)
     classes = read_run(DEMO / "stage2")[1]["classes"]
-    bars, grids, lines = {"no guidance": {}, f"guided, cfg {CFG}": {}}, {}, {}
+    bars, grids, lines = {"no guidance": {}, f"guided, cfg {CFG}": {}}, {}, []
     for name, (run, _) in NETWORKS.items():
         step = read_run(DEMO / run)[2]
         cost = compute(DEMO / run, step, "SiT-Ti/4")
-        cells = [f"{step:,}", f"{cost:,.0f}"]
+        cells = [name, f"{step:,}", f"{cost:,.0f}"]
         for cfg, shares in zip((1, CFG), bars.values(), strict=True):
             path = DEMO / f"samples-{run}-cfg{cfg}/samples.npz"
             samples = classifier.read_samples(path, saved)
             judged = classifier.measure(cnn, saved, *samples)
             shares[name] = judged["agreement"], len(samples[0])
             cells += [f"{100 * judged['agreement']:.1f} %", f"{judged['FD-CNN']:.2f}"]
-        lines[name] = cells
+        lines.append(cells)
         total = f" + teacher = {cost:,.0f}" if run == "stage2" else ""
         grids[f"{name}: {step:,} steps{total}"] = framed_grid(cnn, *samples, len(classes))
     with models.atomic_write(DEMO / "demo.png") as file:
         draw(grids, bars, classes).savefig(file, format="png", dpi=200)
 
-    titles = ["steps", "total compute, in vanilla steps"]
+    titles = ["", "steps", "total compute, in vanilla steps"]
     for cfg in (1, CFG):
         titles += [f"class asked for, cfg {cfg}", f"FD-CNN, cfg {cfg} (lower is better)"]
-    for cells in zip(
-        ["", *titles], *([name, *cells] for name, cells in lines.items()), strict=True
-    ):
+    for cells in zip(titles, *lines, strict=True):
         say("{:38}{:>14}{:>14}".format(*cells))
     say("A CNN judges the samples; FD-CNN is a distance in its features, not FID. One seed.")
     say(f"Look at {DEMO}/demo.png")

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models
 from build_teacher import extrapolate
 from models import UserError, say, setting, warn
-from vae_latents import LatentFolder, Progress, decode, find_vae
+from vae_latents import LatentFolder, decode, find_vae, progress
 
 
 def noisy(folder, rows, t, device, seed=0):
@@ -58,14 +58,11 @@ def probe(model, folder, depths, scales, num, t, device) -> dict:
     linear, so the mean of f_g is extrapolated from those of f_c and f_u."""
     rows = np.random.default_rng(0).permutation(len(folder))[:num]
     pooled = {depth: ([], []) for depth in depths}
-    progress = Progress("probe", len(rows))
-    for first in range(0, len(rows), 64):
-        part = rows[first : first + 64]
+    for part in progress("probe: batch", np.split(rows, range(64, len(rows), 64))):
         _, x_t, times, y = noisy(folder, part, t, device, seed=int(part[0]))
         for depth, both in both_features(model, x_t, times, y, depths).items():
             for parts, tokens in zip(pooled[depth], both, strict=True):
                 parts.append(tokens.mean(dim=1))
-        progress(first + len(part))
     labels, table = folder.labels[rows].to(device), {}
     for depth, both in pooled.items():
         f_c, f_u = (torch.cat(parts) for parts in both)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models
 from models import UserError, say, setting
-from vae_latents import AutoencoderKL, Images, Progress, ResnetBlock, from_uint8, load_vae
+from vae_latents import AutoencoderKL, Images, ResnetBlock, from_uint8, load_vae, progress
 
 
 def train_small_vae(
@@ -32,8 +32,7 @@ def train_small_vae(
             nn.init.zeros_(module.conv2.weight)
     vae.quant_conv.bias.data[vae.latent_channels :] = -5.0  # a narrow posterior at first
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=0, fused=True)
-    progress = Progress("small VAE: step", steps)
-    for step in range(1, steps + 1):
+    for step in progress("small VAE: step", range(1, steps + 1)):
         batch = from_uint8(images[torch.randint(len(images), (batch_size,)).numpy()]).to(device)
         mean, std = vae.encode(batch)
         error = F.mse_loss(vae.decode(mean + std * torch.randn_like(std)), batch)
@@ -44,7 +43,6 @@ def train_small_vae(
         rise, fall = 10 * step / steps, 0.5 + 0.5 * np.cos(np.pi * step / (steps + 1))
         optimizer.param_groups[0]["lr"] = lr * min(rise, fall)  # warm-up, then half a cosine
         optimizer.step()
-        progress(step, f"mse {error:.4f}  kl {kl:.2f}")
     with torch.no_grad():
         mean, std = vae.encode(from_uint8(images[:1024]).to(device))
         vae.scale = 1 / (mean.var() + (std**2).mean()).sqrt().item()  # latents of unit variance
@@ -69,11 +67,9 @@ def read_images(args) -> np.ndarray:
     """Up to --num of the images, (n, S, S, 3) uint8, drawn by the seed."""
     source, images = Images(args.images, args.size), []
     some = np.random.default_rng(args.seed).permutation(len(source))[: args.num]
-    progress = Progress("read", len(some))
-    for number, index in enumerate(some, 1):
+    for index in progress("read", some):
         pixels, _ = source[index]
         images += [] if pixels is None else [pixels]  # vae_latents.py lists those that are None
-        progress(number)
     if not images:
         raise UserError(f"{args.images}: none of its images can be read")
     return np.stack(images)

@@ -68,7 +68,7 @@ compile=--compile
 [ $device = cuda ] || compile=--no-compile
 train=(--data "$D" --model SiT-P/4 --batch-size 16 --ema 0.9 --log-every 5 --device $device)
 guide=(--teacher "$D/teacher/teacher.pt" --guide-steps 20 --steps 40)
-sample=(--num 16 --steps 10 --device $device $compile)
+sample=(--num-images 16 --steps 10 --device $device $compile)
 
 step random 0 python -c "$random" "$D"
 stop_at='step 5/' step stopped 143 \

@@ -390,7 +390,7 @@ def test_a_foreign_checkpoint_samples(foreign, vae_file, tmp_path):
     vae = tmp_path / "vae.pt"
     vae.write_bytes(vae_file.read_bytes())
     ok("experiments/convert_sit.py", tmp_path / "their.pt", tmp_path / "ours.pt", "--vae", vae)
-    args = ["--ckpt", tmp_path / "ours.pt", "--num", 3, "--steps", 2, "--device", "cpu"]
+    args = ["--ckpt", tmp_path / "ours.pt", "--num-images", 3, "--steps", 2, "--device", "cpu"]
     ok("sample.py", *args, "--out", tmp_path / "out")
     with np.load(tmp_path / "out/samples.npz") as samples:
         assert samples["arr_0"].shape == (3, 32, 32, 3)
@@ -665,7 +665,7 @@ def test_fid_command_on_every_kind_of_input(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_samples_are_what_adms_evaluator_reads(runs, tmp_path):
-    flags = ["--num", 5, "--steps", 2, "--out", tmp_path, "--device", "cpu"]
+    flags = ["--num-images", 5, "--steps", 2, "--out", tmp_path, "--device", "cpu"]
     call(sampling, "--ckpt", runs / "stage2", *flags)
     with np.load(tmp_path / "samples.npz", allow_pickle=False) as file:
         assert file["arr_0"].dtype == np.uint8 and file["arr_0"].shape == (5, 32, 32, 3)

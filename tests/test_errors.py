@@ -1,5 +1,6 @@
 """Bad input: status 2, one line on stderr that names the file or flag, nothing changed."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.distributed.run
 from conftest import ROOT, TRAIN, call, script, signals_kept, write_folder
 from PIL import Image
 
@@ -18,6 +20,7 @@ import models
 import sample
 import train_stage1
 import train_stage2
+import vae_latents
 from models import UserError
 
 UNSAFE = ("weights_only", "allow_pickle", "unsafe", "trust", "can still be loaded")
@@ -187,6 +190,17 @@ def test_a_relative_path_names_the_directory_it_was_looked_for_in(refused, tmp_p
 
 
 # ---- flags
+
+
+@pytest.mark.parametrize("script", [vae_latents, train_stage1, train_stage2, sample])
+def test_torchrun_leaves_each_flag_to_its_script(script):
+    """It looks for abbreviations of its own flags behind the script's name, too, as --num was."""
+    parser = torch.distributed.run.get_args_parser()
+    theirs = [option for action in parser._actions for option in action.option_strings]
+    for field in dataclasses.fields(script.Settings):
+        ours = models.flag(field.name)
+        assert not [option for option in theirs if option.startswith(ours)]
+
 
 BAD_FLAGS = {
     "--batch-size 9 --accum 2": "--batch-size 9",
@@ -533,7 +547,7 @@ SAMPLING = {
     "--cfg 0.5": "--cfg 0.5",
     "--cfg nan": "--cfg nan: must be a finite number",
     "--cfg inf": "--cfg inf: must be a finite number",
-    "--num 0": "--num",
+    "--num-images 0": "--num-images",
     "--steps 0": "--steps",
     "--classes 3,cat": "--classes cat",
     "--classes 3,": "--classes",
@@ -556,16 +570,16 @@ def test_bad_sampling_flags(refused, runs, tmp_path, flags):
 def test_samples_of_others_are_left_alone(refused, runs, tmp_path):
     """A finished samples.npz of other settings, or of another program: an error, not a loss."""
     flags = ["--ckpt", runs / "stage2", "--steps", 2, "--mode", "euler", "--device", "cpu"]
-    call(sample, *flags, "--num", 2, "--out", tmp_path / "a")
-    refused("sample.py", *flags, "--num", 3, "--out", tmp_path / "a", says=["another --out"])
+    call(sample, *flags, "--num-images", 2, "--out", tmp_path / "a")
+    refused("sample.py", *flags, "--num-images", 3, "--out", tmp_path / "a", says=["another --out"])
     (tmp_path / "b").mkdir()
     np.savez(tmp_path / "b/samples.npz", arr_0=np.zeros(3))
-    refused("sample.py", *flags, "--num", 2, "--out", tmp_path / "b", says=["another --out"])
+    refused("sample.py", *flags, "--num-images", 2, "--out", tmp_path / "b", says=["another --out"])
 
 
 def test_classes_by_name_and_a_column_for_each(runs, tmp_path, capsys):
     flags = ["--ckpt", runs / "stage2", "--steps", 2, "--mode", "euler", "--device", "cpu"]
-    call(sample, *flags, "--num", 8, "--classes", "star,0,heart,1", "--out", tmp_path)
+    call(sample, *flags, "--num-images", 8, "--classes", "star,0,heart,1", "--out", tmp_path)
     out = capsys.readouterr().out
     assert "star, arrow, heart, circle" in out
     with np.load(tmp_path / "samples.npz") as file:

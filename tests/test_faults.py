@@ -417,7 +417,9 @@ def test_a_file_system_without_locks_is_a_warning(data, runs, tmp_path, monkeypa
     said = [line for line in capsys.readouterr().err.splitlines() if "locks" in line]
     assert len(said) == 2 and all(str(tmp_path / "out") in line for line in said)
     assert state(tmp_path / "out")["step"] == 4
-    call(sample, "--ckpt", runs / "stage2", "--num", 2, *SAMPLE, "--out", tmp_path / "samples")
+    call(
+        sample, "--ckpt", runs / "stage2", "--num-images", 2, *SAMPLE, "--out", tmp_path / "samples"
+    )
     assert f"warning: {tmp_path}/samples" in capsys.readouterr().err
     monkeypatch.setattr(models.fcntl, "lockf", lambda *args: (_ for _ in ()).throw(BlockingIOError))
     with pytest.raises(UserError, match="another run is at work there"):
@@ -576,7 +578,7 @@ def pixels(out):
 def test_sampling_killed_and_repeated_is_the_same(runs, tmp_path, capsys):
     import sample
 
-    given = ["--ckpt", runs / "stage2", "--num", 12, *SAMPLE]
+    given = ["--ckpt", runs / "stage2", "--num-images", 12, *SAMPLE]
     call(sample, *given, "--batch-size", 4, "--out", tmp_path / "a")
     want = pixels(tmp_path / "a")
     arguments = [*given, "--batch-size", 4, "--out", tmp_path / "b"]
@@ -587,11 +589,11 @@ def test_sampling_killed_and_repeated_is_the_same(runs, tmp_path, capsys):
         stdout=subprocess.PIPE,
         text=True,
     )
-    wait_for(process.stdout, "sampled 4/12")
+    wait_for(process.stdout, "sampled: batch 1/3")
     process.kill()
     process.communicate()
     assert len(list((tmp_path / "b").glob("*.part.npy"))) == 2
-    one = ["--ckpt", runs / "stage2", "--num", 1, *SAMPLE]
+    one = ["--ckpt", runs / "stage2", "--num-images", 1, *SAMPLE]
     call(sample, *one, "--out", tmp_path / "b")  # other settings leave those parts alone
     (tmp_path / "b/samples.npz").rename(tmp_path / "one.npz")
     assert len(list((tmp_path / "b").glob("*.part.npy"))) == 2
@@ -610,7 +612,7 @@ def test_images_of_latents_that_are_not_finite_are_not_written(runs, tmp_path, m
 
     nan = torch.full((4, 4, 16, 16), torch.nan, dtype=torch.float64)
     monkeypatch.setattr(sample, "sample", lambda *args: nan)
-    given = ["--ckpt", runs / "stage2", "--num", 4, *SAMPLE, "--out", tmp_path / "a"]
+    given = ["--ckpt", runs / "stage2", "--num-images", 4, *SAMPLE, "--out", tmp_path / "a"]
     with pytest.raises(UserError, match="not finite"):
         call(sample, *given)
     assert not (tmp_path / "a/samples.npz").exists()
@@ -681,7 +683,7 @@ def test_sampling_does_not_repeat_what_is_done(runs, tmp_path, monkeypatch):
         return real(*args)
 
     monkeypatch.setattr(sample, "sample", counted)
-    given = ["--ckpt", runs / "stage2", "--num", 12, *SAMPLE, "--batch-size", 4]
+    given = ["--ckpt", runs / "stage2", "--num-images", 12, *SAMPLE, "--batch-size", 4]
     with pytest.raises(KeyboardInterrupt):
         call(sample, *given, "--out", tmp_path / "a")
     call(sample, *given, "--out", tmp_path / "a")

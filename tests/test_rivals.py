@@ -267,7 +267,18 @@ def test_guide_by(runs, judge, tmp_path, calls, monkeypatch):
     assert len(set(found.values())) == len(lines) - 1  # all others differ
     for mode, by in (("euler", "none"), ("heun", "cfg")):
         w = 3 if by == "cfg" else 1
-        more = ["--num", 14, "--mode", mode, "--steps", 3, "--cfg", w, "--out", tmp_path / by]
+        more = [
+            "--num-images",
+            14,
+            "--mode",
+            mode,
+            "--steps",
+            3,
+            "--cfg",
+            w,
+            "--out",
+            tmp_path / by,
+        ]
         call(sample, "--ckpt", runs / "stage2", *more)
         samples = np.load(tmp_path / by / "samples.npz")
         assert found[by, mode, 3, w] == fingerprint(samples["arr_0"], samples["labels"])

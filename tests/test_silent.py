@@ -116,7 +116,7 @@ def command_in(text, **words):
 
 def test_without_classes_every_label_comes_in_turn(numbered, tmp_path, capsys):
     """By index: names do not come into it, whatever they look like."""
-    call(sample, "--ckpt", numbered.run, "--num", 30, *EULER, "--out", tmp_path)
+    call(sample, "--ckpt", numbered.run, "--num-images", 30, *EULER, "--out", tmp_path)
     assert samples_in(tmp_path)["labels"].tolist() == [i % 12 for i in range(30)]
     assert "0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9" in capsys.readouterr().out  # the grid's columns
 
@@ -143,7 +143,7 @@ def test_the_readings_that_the_message_offers_are_taken(numbered, refused, tmp_p
     err = refused(sample, *given, "--classes", "0,10", "--out", tmp_path / "a", says=["10"])
     readings = re.findall(r"(?:name|label):10", err)
     for number, reading in enumerate(readings):
-        out = ["--num", 2, "--classes", f"0,{reading}", "--out", tmp_path / str(number)]
+        out = ["--num-images", 2, "--classes", f"0,{reading}", "--out", tmp_path / str(number)]
         call(sample, *given, *out)
     labels = [samples_in(tmp_path / str(number))["labels"][1] for number in range(2)]
     assert dict(zip(readings, labels, strict=True)) == {"name:10": 2, "label:10": 10}
@@ -155,7 +155,7 @@ NAMES = ["bear", "fox", "goldfish", "tench, Tinca tinca", "ü", "é"]
 def test_names_with_commas_and_letters_of_other_languages(numbered, refused, tmp_path):
     names = [*NAMES, *(f"class {i}" for i in range(len(NAMES), 12))]
     ckpt = changed_checkpoint(numbered.run, tmp_path / "named.pt", meta={"classes": names})
-    given = ["--ckpt", ckpt, "--num", 2, *EULER]
+    given = ["--ckpt", ckpt, "--num-images", 2, *EULER]
     wanted = {"label:3": [3, 3], "fox,ü": [1, 4], "name:fox,label:3": [1, 3]}
     for number, (words, labels) in enumerate(wanted.items()):
         call(sample, *given, "--classes", words, "--out", tmp_path / str(number))
@@ -173,20 +173,30 @@ def test_random_labels_are_a_function_of_seed_and_index(numbered, tmp_path):
         call(sample, *given, *more)
         return samples_in(tmp_path / name)["labels"].tolist()
 
-    whole = labels("a", "--num", 40)
-    assert whole[:9] == labels("b", "--num", 9, "--batch-size", 4)
-    assert whole[:9] != labels("c", "--num", 9, "--seed", 1)
+    whole = labels("a", "--num-images", 40)
+    assert whole[:9] == labels("b", "--num-images", 9, "--batch-size", 4)
+    assert whole[:9] != labels("c", "--num-images", 9, "--seed", 1)
     assert whole != [i % 12 for i in range(40)] and set(whole) <= set(range(12))
     assert max(Counter(whole).values()) > 4  # 40 over 12 classes in turn are 3 or 4 each
-    assert {3, 5} == set(labels("d", "--num", 12, "--classes", "label:3,label:5"))
+    assert {3, 5} == set(labels("d", "--num-images", 12, "--classes", "label:3,label:5"))
 
 
 def test_samples_say_how_they_were_made(numbered, tmp_path):
-    given = ["--ckpt", numbered.run, "--num", 4, *EULER, "--cfg", 1.5, "--guidance-high", 0.5]
+    given = [
+        "--ckpt",
+        numbered.run,
+        "--num-images",
+        4,
+        *EULER,
+        "--cfg",
+        1.5,
+        "--guidance-high",
+        0.5,
+    ]
     call(sample, *given, "--out", tmp_path)
     settings = json.loads(samples_in(tmp_path)["settings"].item())
     wanted = {"labels": "balanced", "mode": "euler", "steps": 2, "cfg": 1.5, "guidance_high": 0.5}
-    assert wanted.items() <= settings.items() and settings["num"] == 4
+    assert wanted.items() <= settings.items() and settings["num_images"] == 4
 
 
 @pytest.mark.parametrize("mode", ["euler", "heun"])
@@ -499,7 +509,7 @@ def test_the_vae_has_moved_or_is_another(numbered, refused, tmp_path, capsys):
     shutil.copy(numbered.vae, tmp_path / "moved.pt")
     meta = {"vae": {**LatentFolder(numbered.data).meta["vae"], "path": str(tmp_path / "gone.pt")}}
     ckpt = changed_checkpoint(numbered.run, tmp_path / "ckpt.pt", meta=meta)
-    given = ["--ckpt", ckpt, "--num", 2, *EULER, "--out", tmp_path / "out"]
+    given = ["--ckpt", ckpt, "--num-images", 2, *EULER, "--out", tmp_path / "out"]
     refused(sample, *given, says=["gone.pt", "--vae"])
     saved = torch.load(numbered.vae, weights_only=True)
     torch.save({**saved, "scale": 0.5}, tmp_path / "scale.pt")
@@ -660,12 +670,14 @@ def test_a_null_label_that_was_never_trained_is_not_used(numbered, refused, tmp_
     run = [*SMALL, "--data", numbered.data, "--out", tmp_path / "run", "--label-drop", 0]
     call(train_stage1, *run, "--steps", 2)
     out = tmp_path / "out"
-    guided = ["--ckpt", tmp_path / "run", "--num", 2, *EULER, "--cfg", 2, "--out", out]
+    guided = ["--ckpt", tmp_path / "run", "--num-images", 2, *EULER, "--cfg", 2, "--out", out]
     refused(sample, *guided, says=["null label", "--label-drop 0", "--cfg"])
     teach = ["--ckpt", tmp_path / "run", "--out", out]
     refused(build_teacher, *teach, says=["null label", "--label-drop 0"])
     assert not out.exists()
-    call(sample, "--ckpt", tmp_path / "run", "--num", 2, *EULER, "--out", out)  # plain: it works
+    call(
+        sample, "--ckpt", tmp_path / "run", "--num-images", 2, *EULER, "--out", out
+    )  # plain: it works
     call(sample, *guided[:-3], 1, "--out", tmp_path / "out1")
 
 
@@ -673,7 +685,7 @@ def test_an_average_that_is_still_the_beginning_is_not_used(numbered, refused, t
     """0.9999 to the power of 2: what the message advises works."""
     run = [*SMALL, "--no-ema-ramp", "--data", numbered.data, "--out", tmp_path / "run"]
     call(train_stage1, *run, "--steps", 2)
-    given = ["--ckpt", tmp_path / "run", "--num", 2, *EULER, "--out", tmp_path / "out"]
+    given = ["--ckpt", tmp_path / "run", "--num-images", 2, *EULER, "--out", tmp_path / "out"]
     refused(sample, *given, says=["100%", "--weights model"])
     teach = ["--ckpt", tmp_path / "run", "--weights", "ema", "--out", tmp_path / "teacher"]
     refused(build_teacher, *teach, says=["100%", "--weights model"])
@@ -720,7 +732,7 @@ def test_a_checkpoint_of_another_project_is_refused_and_the_named_command_conver
     state = torch.load(models.checkpoints(numbered.run)[0], weights_only=True)["model"]
     source = tmp_path / "0400000.pt"
     torch.save(FOREIGN[kind](state), source)
-    given = ["--num", 2, *EULER, "--vae", numbered.vae, "--out", tmp_path / "out"]
+    given = ["--num-images", 2, *EULER, "--vae", numbered.vae, "--out", tmp_path / "out"]
     err = refused(sample, "--ckpt", source, *given, says=[source, "convert_sit.py"])
     teach = ["--ckpt", source, "--out", tmp_path / "teacher"]
     refused(build_teacher, *teach, says=[source, "convert_sit.py"])
@@ -747,7 +759,7 @@ def test_a_label_table_without_a_null_row_samples_plainly_alone(numbered, refuse
     mine = tmp_path / "mine.pt"
     convert_sit = importlib.import_module("convert_sit")
     call(convert_sit, tmp_path / "repa.pt", mine, "--vae", numbered.vae)
-    given = ["--ckpt", mine, "--num", 12, *EULER]
+    given = ["--ckpt", mine, "--num-images", 12, *EULER]
     refused(sample, *given, "--cfg", 2, "--out", tmp_path / "no", says=["null label"])
     refused(
         build_teacher, "--ckpt", mine, "--weights", "ema", "--out", tmp_path / "no", says=["null"]
@@ -768,7 +780,7 @@ def test_a_checkpoint_of_the_older_format_samples_and_teaches_once_it_is_convert
     torch.save({**saved, "format": 1}, path)
     run = [*SMALL, "--data", numbered.data, "--out", tmp_path / "run", "--steps", 4]
     refused(train_stage1, *run, says=[path, "older version"])
-    given = ["--num", 4, *EULER, "--out", tmp_path / "samples"]
+    given = ["--num-images", 4, *EULER, "--out", tmp_path / "samples"]
     err = refused(sample, "--ckpt", tmp_path / "run", *given, says=[path, "older version"])
     call(*command_in(err, OUT=tmp_path / "mine.pt", FILE=numbered.vae))
     call(sample, "--ckpt", tmp_path / "mine.pt", *given)
@@ -914,7 +926,7 @@ def test_strangers_under_the_names_of_files_are_called_what_they_are(
         stranger(kind, data / part)
         refused(train_stage1, *SMALL, "--data", data, *out, says=[data])
     stranger(kind, tmp_path / "samples/samples.npz")
-    samples = ["--num", 2, *EULER, "--out", tmp_path / "samples"]
+    samples = ["--num-images", 2, *EULER, "--out", tmp_path / "samples"]
     refused(sample, "--ckpt", numbered.run, *samples, says=["samples.npz"])
     assert not (tmp_path / "out").exists()
 
@@ -922,7 +934,7 @@ def test_strangers_under_the_names_of_files_are_called_what_they_are(
 def test_our_own_files_under_each_others_flags(numbered, refused, monkeypatch, tmp_path):
     """A VAE, a checkpoint, a teacher, samples: each is refused where another is wanted."""
     call(build_teacher, "--ckpt", numbered.run, "--out", tmp_path)
-    call(sample, "--ckpt", numbered.run, "--num", 2, *EULER, "--out", tmp_path / "samples")
+    call(sample, "--ckpt", numbered.run, "--num-images", 2, *EULER, "--out", tmp_path / "samples")
     files = {"vae": numbered.vae, "ckpt": models.checkpoints(numbered.run)[0]}
     files.update(teacher=tmp_path / "teacher.pt", npz=tmp_path / "samples/samples.npz")
     out, images = ["--out", tmp_path / "out"], ["--images", numbered.images, *ENCODE]
@@ -1026,7 +1038,7 @@ def test_npy_files_are_named_as_what_they_are(refused, few, tmp_path):
 
 def test_fid_says_what_makes_numbers_incomparable(numbered, few, tmp_path, capsys):
     """How many images each side has, and how ours were sampled; nobody else's word for it."""
-    given = ["--ckpt", numbered.run, "--num", 14, *EULER, "--cfg", 1.5, "--labels", "random"]
+    given = ["--ckpt", numbered.run, "--num-images", 14, *EULER, "--cfg", 1.5, "--labels", "random"]
     call(sample, *given, "--out", tmp_path / "ours")
     settings = '{"lr": 1}'
     theirs = archive(
