@@ -1,8 +1,7 @@
 """The demo's last page: one picture, out/demo/demo.png, and a table, of what this run measured.
 
-Stage 2 and vanilla SiT after the same total compute (the teacher's training and forward passes
-counted), from the same noise; the pictures whose class the judge does not see are framed. Below,
-how many of all samples have their class, and the teacher's features as colours.
+Stage 2 and vanilla SiT after the same total compute (the teacher's training and passes counted),
+from the same noise; where the judge sees another class there is a frame.
 """
 
 import sys

@@ -18,10 +18,10 @@ import models
 from models import say, setting
 
 
-def polygon(n, r=1.0, turn=0.0, dx=0.0, dy=0.0):
+def polygon(n, r=1.0, turn=0.0):
     """Corners of a regular polygon in [-1, 1]^2, y downwards, one corner on top."""
     a = 2 * np.pi * np.arange(n) / n - np.pi / 2 + turn
-    return np.stack([r * np.cos(a) + dx, r * np.sin(a) + dy], axis=1)
+    return np.stack([r * np.cos(a), r * np.sin(a)], axis=1)
 
 
 def rectangle(left, top, right, bottom):
@@ -34,7 +34,6 @@ def heart():
     return np.stack([np.sin(a) ** 3, -y / 16], axis=1)
 
 
-STAR = np.stack([polygon(5), polygon(5, 0.42, np.pi / 5)], axis=1).reshape(10, 2)
 HEAD = [(1, 0), (0.1, -0.8), (0.1, -0.3)]
 ARROW = np.array([*HEAD, (-1, -0.3), (-1, 0.3), (0.1, 0.3), (0.1, 0.8)])
 CORNER, TURN = np.array([(0.3, -1), (0.3, -0.3), (1, -0.3)]), np.array([(0, 1), (-1, 0)])
@@ -44,7 +43,7 @@ FIGURES = {
     "square": rectangle(-0.8, -0.8, 0.8, 0.8),
     "diamond": polygon(4),
     "triangle": polygon(3),
-    "star": STAR,
+    "star": np.stack([polygon(5), polygon(5, 0.42, np.pi / 5)], axis=1).reshape(10, 2),
     "cross": np.concatenate([CORNER @ np.linalg.matrix_power(TURN, i) for i in range(4)]),
     "heart": heart(),
     "arrow": ARROW,
