@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# The whole method on drawn shapes, on two CPU cores: from images to one sheet, out/demo/demo.png.
-# Start it with `make demo`. Every command is printed as it runs and can be run alone; run again, the
-# script does only what is missing. Another seed: rm -r out/demo, then SEED=2 make demo.
+# The whole method on drawn shapes, on two CPU cores: `make demo`, from images to out/demo/demo.png.
+# Every command is printed and can be run alone. Another seed: rm -r out/demo, then SEED=2 make demo.
 set -eu
 cd "$(dirname "$0")/.."
 . experiments/processes.sh
