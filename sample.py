@@ -133,17 +133,19 @@ def main():
     tag = fingerprint(*recipe, *model.state_dict().values())[:12]  # the images depend on
     device, rank, world = models.setup(args.device)
     out, samples = Path(args.out), Path(args.out) / "samples.npz"
+    parts = [out / f"{name}-{tag}.part.npy" for name in ("images", "done")]
     held = models.lock(out) if rank == 0 else None  # noqa: F841 (until main returns)
     if samples.exists():
         with models.reading(samples, "no samples of ours; choose another --out"):
             if np.load(samples)["tag"].item() != tag:
                 raise UserError(f"{samples}: holds other samples; choose another --out")
+        for part in parts:  # a run was killed in its last line
+            part.unlink(missing_ok=True)
         return say(f"{samples}: is complete already, nothing to do")
     model, vae = model.to(device), vae.to(device, memory_format=torch.channels_last)
     network = torch.compile(model) if args.compile else model
     shape = (model.in_channels, model.input_size, model.input_size)
     side = model.input_size * vae.factor
-    parts = [out / f"{name}-{tag}.part.npy" for name in ("images", "done")]
     images = shared_array(parts[0], (args.num_images, side, side, 3), np.uint8, rank)
     done = shared_array(parts[1], (args.num_images,), np.uint8, rank)
     todo = chunks_to_do(done, args.batch_size, rank, world)

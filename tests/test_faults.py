@@ -575,7 +575,7 @@ def pixels(out):
         return file["arr_0"].astype(int)
 
 
-def test_sampling_killed_and_repeated_is_the_same(runs, tmp_path, capsys):
+def test_sampling_killed_and_repeated_is_the_same(runs, tmp_path, capsys, monkeypatch):
     import sample
 
     given = ["--ckpt", runs / "stage2", "--num-images", 12, *SAMPLE]
@@ -603,8 +603,14 @@ def test_sampling_killed_and_repeated_is_the_same(runs, tmp_path, capsys):
     call(sample, *given, "--batch-size", 5, "--out", tmp_path / "c")
     assert np.abs(pixels(tmp_path / "c") - want).max() <= 1  # another shape: rounding only
     capsys.readouterr()
-    call(sample, *given, "--batch-size", 4, "--out", tmp_path / "a")
+    monkeypatch.setattr(Path, "unlink", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):  # killed when all but its parts is there
+        call(sample, *given, "--batch-size", 4, "--out", tmp_path / "d")
+    monkeypatch.undo()
+    assert len(list((tmp_path / "d").glob("*.part.npy"))) == 2
+    call(sample, *given, "--batch-size", 4, "--out", tmp_path / "d")
     assert "nothing to do" in capsys.readouterr().out
+    assert not list((tmp_path / "d").glob("*.part.npy"))
 
 
 def test_images_of_latents_that_are_not_finite_are_not_written(runs, tmp_path, monkeypatch):
