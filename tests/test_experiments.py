@@ -276,7 +276,7 @@ def test_a_table_without_a_null_row_samples_but_does_not_guide(model, repa, vae_
     ours = load_checkpoint(out)[0].state_dict()
     assert torch.equal(ours[TABLE][:7], model.state_dict()[TABLE][:7])
     assert not ours[TABLE][7].any()
-    flags = ["--ckpt", out, "--num", 2, "--steps", 1, "--device", "cpu"]
+    flags = ["--ckpt", out, "--num-images", 2, "--steps", 1, "--device", "cpu"]
     call(sample, *flags, "--out", tmp_path / "plain")
     assert (tmp_path / "plain/samples.npz").exists()
     refused(sample, *flags, "--cfg", 2, "--out", tmp_path / "cfg", says=["--cfg", "null label"])
