@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import models
-from models import SiT, UserError, say, setting, warn
+from models import SiT, UserError, say, setting
 
 
 def extrapolate(f_cond, f_uncond, s):
@@ -36,9 +36,8 @@ def guided_features(teacher: SiT, x_t, t, y, s) -> torch.Tensor:
 
 def load_teacher(path) -> tuple[SiT, dict]:
     """(The cut and frozen network, the file) of a teacher.pt; UserError for anything else."""
-    problem = "no teacher there of this version; make it with build_teacher.py"
-    saved = models.load_file(path, problem, models.FORMAT, missing=problem)
-    with models.reading(path, problem):
+    with models.reading(path, "no teacher of this version; make it with build_teacher.py"):
+        saved = models.load_file(path, models.FORMAT)
         teacher = models.build_for(saved["args"], saved["meta"]).cut(saved["depth"])
         teacher.load_state_dict(saved["teacher"])
     return teacher.eval().requires_grad_(False), saved
@@ -50,34 +49,31 @@ class Settings:
     out: str = "out/teacher"  # folder for teacher.pt
     teacher_depth: int | None = None  # block dt (default: by size)
     guide_scale: float = setting(30.0, at_least=1)  # s; at 1 f_g is f_c
-    weights: str = setting("model", choices=["model", "ema"])  # raw (as the paper) or averaged
     student: str | None = None  # size whose steps the cost is given in (default: its own)
-    overwrite: bool = False  # replace a teacher.pt that is there
 
 
 def main():
     args = models.parse_settings(Settings, __doc__)
     out = Path(args.out) / "teacher.pt"
-    if out.exists() and not args.overwrite:
-        raise UserError(f"{out}: is there, perhaps in use; --overwrite, or another --out")
-    model, saved = models.load_checkpoint(args.ckpt, args.weights, null_label_for="f_u")
+    if out.exists():
+        raise UserError(f"{out}: is there; remove it, or give another --out")
+    model, saved = models.load_checkpoint(args.ckpt, "model", null_label_for="f_u")
     name, step = saved["args"]["model"], saved["step"]
     depth = args.teacher_depth or models.parse_name(name)[0].teacher_depth
     if depth > model.depth:
         raise UserError(f"--teacher-depth {depth}: {name} has blocks 1 to {model.depth}")
-    if saved["args"].get("align_weight") == 0:
-        warn(f"{args.ckpt} is a vanilla run (--align-weight 0); the paper's is aligned")
     student = {**saved["args"], "model": args.student or name}
     share = model.forward_flops() / models.build_for(student, saved["meta"]).forward_flops()
     guided = 2 / 3 * share * depth / model.depth  # f_c and f_u, where a step is three passes
     costs = f"training {share * step:.0f} without P1, a guided step {0.3 * guided:.3f} more"
     say(f"in steps of {student['model']}: {costs} if 0.4 <= t <= 0.7, {guided:.3f} at all t")
     content = {key: saved[key] for key in ("format", "args", "meta", "step")}
-    content.update(depth=depth, scale=args.guide_scale, weights=args.weights)
-    content["teacher"] = model.cut(depth).state_dict()
+    content.update(depth=depth, scale=args.guide_scale, teacher=model.cut(depth).state_dict())
     with models.atomic_write(out) as file:
         torch.save(content, file)
-    say(f"{out}: {name} after step {step}, blocks 1 to {depth}, s = {args.guide_scale:g}")
+    weight = saved["args"].get("align_weight", "unknown")  # of 0: the features are not aligned
+    run = f"{name}, step {step}, --align-weight {weight}"
+    say(f"{out}: blocks 1 to {depth} of {run}; s = {args.guide_scale:g}")
 
 
 if __name__ == "__main__":

@@ -95,11 +95,11 @@ def load_inception(weights) -> InceptionV3:
         with models.reading(WEIGHTS, "cannot be had; bring it here and give --weights FILE"):
             file.parent.mkdir(parents=True, exist_ok=True)
             if not file.exists():
-                torch.hub.download_url_to_file(WEIGHTS, file, hash_prefix=WEIGHTS_HASH)
+                torch.hub.download_url_to_file(WEIGHTS, file)
         if not hashlib.sha256(file.read_bytes()).hexdigest().startswith(WEIGHTS_HASH):
             raise UserError(f"{file}: is cut, or another file; delete it, and it comes again")
     network = InceptionV3()
-    with models.reading(file, "holds no weights of the FID Inception network"):
+    with models.reading(file, "no weights of the FID Inception network"):
         network.load_state_dict(models.load_file(file))
     return network
 
@@ -113,7 +113,6 @@ def statistics(features) -> tuple[np.ndarray, np.ndarray]:
 def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) (Heusel et al. 2017).
     tr(...^(1/2)) sums the roots of the eigenvalues of S sigma2 S, S = sigma1^(1/2)."""
-    mu1, sigma1, mu2, sigma2 = (np.asarray(x, np.float64) for x in (mu1, sigma1, mu2, sigma2))
     if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape:
         raise UserError(f"statistics of {len(mu1)} and of {len(mu2)} features")
     values, vectors = scipy.linalg.eigh(sigma1)  # symmetric: real, for singular ones, too
@@ -134,10 +133,7 @@ def inception_score(probs, split_size=5000) -> float:
 def precision_recall(real, fake, k=3) -> tuple[float, float]:
     """(Share of fakes within the real manifold, of reals within the fake one); (N, D) features.
     A manifold is the union of balls around a set's points that reach to the k-th neighbour
-    (Kynkaanniemi et al. 2019)."""
-    real, fake = torch.as_tensor(real), torch.as_tensor(fake)
-    if min(len(real), len(fake)) <= k:
-        return float("nan"), float("nan")
+    (Kynkaanniemi et al. 2019). Both need more than k points."""
     centre = real.mean(dim=0)  # distances stay, their rounding errors shrink
     real, fake = real - centre, fake - centre
 
@@ -154,10 +150,10 @@ def file_batches(folder, size, batch):
     """Batches of a folder's images; UserError for an unreadable one, or one of another size."""
     files = image_files(folder, {os.path.realpath(folder)}, left_out := [])
     if len(files) < 2:
-        raise UserError(f"{folder}: a folder without images, or with one")
+        raise UserError(f"{folder}: fewer than two images")
     if left_out:
         say(f"{folder}: left out: {len(left_out)} hidden, linked twice or no images")
-    found = {}  # a file of each size
+    sizes = set()
 
     def load(path):
         with models.reading(path, "cannot be read as an image"):
@@ -166,10 +162,9 @@ def file_batches(folder, size, batch):
     with ThreadPoolExecutor(8) as pool:
         for start in range(0, len(files), batch):
             images = list(pool.map(load, files[start : start + batch]))
-            for image, file in zip(images, files[start:], strict=False):
-                found[f"{image.shape[1]} x {image.shape[0]}"] = file
-            if len(found) > 1:
-                raise UserError(f"images of several sizes, {found}; --image-size N crops all")
+            sizes |= {image.shape for image in images}
+            if len(sizes) > 1:
+                raise UserError(f"{folder}: has sizes {sizes}; --image-size N crops all")
             yield np.stack(images)
 
 
@@ -184,13 +179,12 @@ def open_archive(path, batch):
         saved = {}
         for mu, sigma in STATISTICS.values():
             if mu in content or sigma in content:  # a KeyError, if the other one is missing
-                saved[mu] = content[mu].astype(float)
-                saved[sigma] = content[sigma].astype(float)
-                finite = np.isfinite(saved[mu].sum() + saved[sigma].sum())
-                if saved[sigma].shape != 2 * saved[mu].shape or not finite:
-                    raise ValueError(f"{mu}, {sigma}: wrong shapes, or numbers are not finite")
+                saved[mu] = np.asarray_chkfinite(content[mu], float)
+                saved[sigma] = np.asarray_chkfinite(content[sigma], float)
+                if saved[sigma].shape != 2 * saved[mu].shape:
+                    raise ValueError(f"{mu} and {sigma} have shapes that do not fit")
         if len(pixels) < 2 and "mu" not in saved:
-            raise ValueError("it holds no images, or one, and no mu")
+            raise ValueError("fewer than two images, and no mu")
         how = json.loads(content["settings"].item()) if "tag" in content else None
     return saved, (pixels[i : i + batch] for i in range(0, len(pixels), batch)), how
 
@@ -198,7 +192,8 @@ def open_archive(path, batch):
 @torch.no_grad()
 def describe(path, network, args) -> dict:
     """What the metrics need of one side: statistics; of images also features, probabilities."""
-    archive = Path(path, "samples.npz") if Path(path, "samples.npz").is_file() else Path(path)
+    archive = Path(path, "samples.npz")
+    archive = archive if archive.is_file() else Path(path)
     if archive.is_file():
         found, batches, how = open_archive(archive, args.batch_size)
     else:
@@ -214,10 +209,8 @@ def describe(path, network, args) -> dict:
         for kind, (mu, sigma) in zip((features, spatial), STATISTICS.values(), strict=True):
             if mu not in found:  # published statistics are believed, not computed again
                 found[mu], found[sigma] = statistics(kind)
-        count, width = features.shape
-        if count < width:
-            warn(f"{path}: {count} images and {width} features: FID is biased upwards")
-    say(f"{path}: {side['count'] or 'unknown'} images, sampled with {how or 'unknown'}")
+        if len(features) < features.shape[1]:
+            warn(f"{path}: fewer images than features: a biased FID")
     return side
 
 
@@ -228,15 +221,13 @@ class Settings:
     weights: str | None = None  # file of Inception weights (default: downloaded)
     image_size: int | None = None  # centre-crop images in folders to this
     batch_size: int = 64  # images at once
-    save_stats: str | None = None  # file for the statistics of the samples, a reference
     device: str = "auto"  # cpu, cuda or cuda:N; auto is cuda where there is one
 
 
 def main():
     args = models.parse_settings(Settings, __doc__)
     for path in (args.samples, args.reference or args.samples):  # before the weights come
-        if not os.path.isfile(path) and not os.path.isdir(path):  # a pipe would be waited for
-            raise UserError(f"{path}: no such file or folder")
+        os.stat(path)  # or an error that names it
     device, _, _ = models.setup(args.device)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     network = load_inception(args.weights).to(device)
@@ -246,23 +237,18 @@ def main():
         raise UserError(f"images of {samples['size']} and of {reference['size']} pixels")
     if "probs" in samples:
         results["IS"] = inception_score(samples["probs"])
-    ours, theirs = samples["statistics"], reference["statistics"]
+    a, b = samples["statistics"], reference["statistics"]
     for metric, (mu, sigma) in STATISTICS.items():
-        if mu in ours and mu in theirs:
-            both = ours[mu], ours[sigma], theirs[mu], theirs[sigma]
-            results[metric] = frechet_distance(*both)
-    if "features" in samples and "features" in reference:
-        real, count = reference["features"], reference["count"]
+        if mu in a and mu in b:
+            results[metric] = frechet_distance(a[mu], a[sigma], b[mu], b[sigma])
+    real, count = reference.get("features"), reference.get("count")
+    if "features" in samples and real is not None and min(count, samples["count"]) > 3:
         some = real[torch.linspace(0, count - 1, min(count, PR_NUM)).long()]
-        both = precision_recall(some, samples["features"])
-        results["precision"], results["recall"] = both
-    if args.save_stats:
-        with models.atomic_write(args.save_stats) as file:
-            np.savez(file, **ours)
-    for key, value in results.items():  # JSON knows no NaN; 0.0 makes -0.0 a zero
-        results[key] = round(value, 6) + 0.0 if np.isfinite(value) else None
-    results.update(samples=args.samples, reference=args.reference, num=samples["count"])
-    results.update(reference_num=reference.get("count"), sampled=samples["how"])
+        results["precision"], results["recall"] = precision_recall(some, samples["features"])
+    for key, value in results.items():
+        results[key] = round(value, 6) + 0.0  # no -0.0
+    results.update(samples=args.samples, num=samples["count"], sampled=samples["how"])
+    results.update(reference=args.reference, reference_num=count)
     say(json.dumps(results))
 
 

@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 FORMAT = 2  # of checkpoints and of teacher.pt
 
@@ -33,9 +32,8 @@ FORMAT = 2  # of checkpoints and of teacher.pt
 # d1 are the authors', the others ours, by analogy. A size of your own is one more line.
 Size = namedtuple("Size", "depth width heads align_depth teacher_depth student_depth")
 SIZES = {
-    "P": Size(4, 48, 2, 1, 3, 2),  # P, N, M: small teachers
+    "P": Size(4, 48, 2, 1, 3, 2),  # P, N: small teachers
     "N": Size(6, 64, 2, 1, 4, 3),
-    "M": Size(6, 96, 3, 1, 4, 3),
     "Ti": Size(8, 128, 4, 2, 5, 4),  # Ti, W: students for CPUs
     "W": Size(12, 256, 8, 2, 8, 6),
     "S": Size(12, 384, 6, 2, 8, 6),
@@ -49,7 +47,7 @@ def parse_name(name: str) -> tuple[Size, int]:
     """The Size and the patch side that a name such as "SiT-B/2" stands for."""
     size, _, patch = name.removeprefix("SiT-").partition("/")
     if size not in SIZES or patch not in ("1", "2", "4", "8"):
-        raise UserError(f"--model {name}: unlike SiT-XL/2: one of {[*SIZES]}, then 1, 2, 4, 8")
+        raise UserError(f"--model {name}: unlike SiT-XL/2: {[*SIZES]}, then 1, 2, 4, 8")
     return SIZES[size], int(patch)
 
 
@@ -148,13 +146,13 @@ def xavier_linear(module):
 
 
 class SiT(nn.Module):
-    """Velocity network v_theta(x_t, t, y). `build` makes one by name."""
+    """Velocity network v_theta(x_t, t, y). `build_for` makes one by name."""
 
     def __init__(self, depth, width, heads, patch, input_size, in_channels, num_classes, qk_norm):
         super().__init__()
-        self.depth, self.width, self.heads, self.patch = depth, width, heads, patch
+        self.depth, self.width, self.patch = depth, width, patch
         self.input_size, self.in_channels = input_size, in_channels
-        self.num_classes, self.qk_norm = num_classes, qk_norm
+        self.num_classes = num_classes
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(in_channels, width, patch, patch)})
         self.t_embedder = TimestepEmbedder(width)
         labels = nn.Embedding(num_classes + 1, width)  # the last one is the null label
@@ -162,7 +160,6 @@ class SiT(nn.Module):
         self.register_buffer("pos_embed", sincos_2d(width, input_size // patch))
         self.blocks = nn.ModuleList(SiTBlock(width, heads, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch, in_channels)
-        self.grad_checkpoint = False  # recompute each block in the backward pass: saves memory
         self.initialize_weights()
 
     def initialize_weights(self):
@@ -187,8 +184,7 @@ class SiT(nn.Module):
         c = self.t_embedder(t) + self.y_embedder["embedding_table"](y)  # (N, D)
         tapped = {}
         for depth, block in enumerate(self.blocks, 1):
-            recompute = self.grad_checkpoint and self.training
-            h = checkpoint(block, h, c, use_reentrant=False) if recompute else block(h, c)
+            h = block(h, c)
             if depth in taps:
                 tapped[depth] = h
         if self.final_layer is None:
@@ -228,18 +224,14 @@ class Projector(nn.Module):
         return unpatchify(out, *self.to_latent) if self.to_latent else out
 
 
-def build(name, input_size=32, in_channels=4, num_classes=1000, qk_norm=True) -> SiT:
-    """A freshly initialised SiT, such as "SiT-B/2", for latents (C, input_size, input_size)."""
-    size, patch = parse_name(name)
-    if input_size % patch:
-        raise UserError(f"--model {name}: its patch must divide the latents' {input_size}")
-    return SiT(*size[:3], patch, input_size, in_channels, num_classes, qk_norm)
-
-
 def build_for(args: dict, meta: dict) -> SiT:
-    """The network that a run with these settings trains on latents with this meta.json."""
-    classes = len(meta["classes"])
-    return build(args["model"], meta["height"], meta["channels"], classes, args["qk_norm"])
+    """The network that a run with these settings trains on latents with this meta.json, freshly
+    initialised. args: "model", such as "SiT-B/2", and "qk_norm"."""
+    size, patch = parse_name(args["model"])
+    side, channels, classes = meta["height"], meta["channels"], len(meta["classes"])
+    if side % patch:
+        raise UserError(f"--model {args['model']}: its patch must divide the latents' {side}")
+    return SiT(*size[:3], patch, side, channels, classes, args["qk_norm"])
 
 
 def checkpoints(folder) -> list[Path]:
@@ -254,9 +246,9 @@ def load_checkpoint(path, weights="ema", null_label_for="") -> tuple[SiT, dict]:
     UserError if the average, or the null label `null_label_for` some flag, is not trained."""
     if Path(path).is_dir():
         path = next(iter(checkpoints(path)), Path(path) / "ckpt-*.pt")
-    missing = "no such file; train_stage1.py and train_stage2.py make checkpoints"
-    saved = load_file(path, CONVERT.format(path), FORMAT, missing)
-    with reading(path, f"holds no {weights} network; try --weights model or --weights ema"):
+    with reading(path, CONVERT.format(path)):
+        saved = load_file(path, FORMAT)
+    with reading(path, f"holds no {weights} network; try --weights model or ema"):
         model, args = build_for(saved["args"], saved["meta"]), saved["args"]
         model.load_state_dict(saved[weights])
         untrained = 0.0 if args["ema_ramp"] else args["ema"] ** saved["step"]
@@ -387,22 +379,19 @@ def reading(path, problem):
         raise UserError(f"{path}: {problem} ({reason})") from error
 
 
-CONVERT = "no checkpoint, or an older version: python experiments/convert_sit.py {} OUT --vae FILE"
+CONVERT = "no checkpoint of train_stage*.py: python experiments/convert_sit.py {} OUT --vae FILE"
 
 
-def load_file(path, problem="no file of torch.save", format=None, missing="no such file") -> dict:
+def load_file(path, format=None) -> dict:
     """torch.load of plain tensors and plain Python, checksums verified; never code.
     The tensors stay mapped to the file: copy what shall outlive it.
-    `problem` is what is said of a file that is not whole, or not of this `format`."""
-    if not Path(path).exists():
-        raise UserError(f"{path}: {missing} (looked for in {Path.cwd()})")
-    with reading(path, problem):
-        zipped = zipfile.is_zipfile(path)
-        if zipped and (bad := zipfile.ZipFile(path).testzip()):
-            raise ValueError(f"damaged: the checksum of {bad} is wrong")
-        saved = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=zipped))
-        if format and saved.get("format") != format:
-            raise ValueError(f"its format is {saved.get('format')}, not {format}")
+    Called in a `reading`: a file that is not whole, or not of this `format`, has many errors."""
+    zipped = zipfile.is_zipfile(path)
+    if zipped and (bad := zipfile.ZipFile(path).testzip()):
+        raise ValueError(f"damaged: the checksum of {bad} is wrong")
+    saved = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=zipped))
+    if format and saved.get("format") != format:
+        raise ValueError(f"its format is {saved.get('format')}, not {format}")
     return saved
 
 
@@ -424,7 +413,10 @@ def atomic_write(path):
 
 
 def lock(folder):
-    """Keep other runs out of `folder` while the returned file lives. A dead run holds none."""
+    """Keep other runs out of `folder` while the returned file lives. A dead run holds none;
+    of several processes the first holds it."""
+    if not IS_FIRST:
+        return None
     Path(folder).mkdir(parents=True, exist_ok=True)
     file = open(Path(folder) / ".lock", "w")
     try:
@@ -432,7 +424,7 @@ def lock(folder):
     except (BlockingIOError, PermissionError) as error:
         raise UserError(f"{folder}: another run is at work there; another --out?") from error
     except OSError as error:
-        warn(f"{folder}: cannot be locked ({error}); let no second run write there")
+        warn(f"{folder}: cannot be locked ({error}); start no second run there")
     return file
 
 
@@ -444,21 +436,20 @@ IS_FIRST = os.environ.get("RANK") == "0" or not all(name in os.environ for name 
 
 def setup(device="auto") -> tuple[torch.device, int, int]:
     """(device, rank, world size), after joining torchrun's processes if there are any."""
-    if device == "auto":  # a card that torch cannot use is refused below, not passed over
-        has_card = torch.version.cuda and Path("/dev/nvidia0").exists()
-        device = "cuda" if has_card or torch.cuda.is_available() else "cpu"
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     usable = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if device not in usable:
-        raise UserError(f"--device {device}: needed is cpu, cuda or cuda:N; usable are {usable}")
+        raise UserError(f"--device {device}: usable are {usable}")
     if device != "cpu":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions do by default
     found = [f"{name}={os.environ[name]}" for name in TORCHRUN if name in os.environ]
     if len(found) < len(TORCHRUN):
         if found:
-            warn(f"{' '.join(found)} without the rest of {TORCHRUN}: one process on its own")
+            warn(f"{' '.join(found)} without the rest of {TORCHRUN}: one process alone")
         return torch.device(device), 0, 1
     with reading(" ".join(found), "cannot join; unset these, unless torchrun set them"):
         if not dist.is_initialized():  # gloo carries CPU tensors, NCCL CUDA's

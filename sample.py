@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,32 +23,31 @@ from vae_latents import chunks_to_do, decode, find_vae, fingerprint, progress, s
 
 
 @torch.no_grad()
-def sample(model, noise, y, num_classes, steps=250, mode="sde", cfg=1.0, interval=(0, 1), seed=0):
+def sample(model, noise, y, num_classes, steps=250, mode="sde", cfg=1, interval=(0, 1), seeds=()):
     """Integrate dx = v dt (mode "euler", "heun") or REPA's reverse SDE ("sde") from t = 1 to 0.
     model: SiT or any callable (x, t, y) -> (velocity, ...). noise (N, C, H, W) is x at t = 1, y
     (N,) int64, `num_classes` the null label. v_u + cfg (v_c - v_u) where t is in `interval`, else
-    v_c. `seed`, for the SDE's noise: one int for each image, or the first's. Returns scaled
-    latents (N, C, H, W) in float64."""
+    v_c. `seeds`, for the SDE's noise: one int for each image (default: 0, 1, 2, ...). Returns
+    scaled latents (N, C, H, W) in float64."""
     x = noise.double()  # the state in float64, the network in its own precision
     dtype = next(model.parameters()).dtype if isinstance(model, torch.nn.Module) else x.dtype
 
     def network(x, t, labels):
-        times = torch.full((len(x),), t, dtype=dtype, device=x.device)
+        times = x.new_full((len(x),), t, dtype=dtype)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             return model(x.to(dtype), times, labels)[0].double()
 
     def velocity(x, t):
         v_cond = network(x, t, y)
-        if cfg == 1.0 or not interval[0] <= t <= interval[1]:
+        if cfg == 1 or not interval[0] <= t <= interval[1]:
             return v_cond
         v_uncond = network(x, t, torch.full_like(y, num_classes))
         return v_uncond + cfg * (v_cond - v_uncond)
 
     if mode == "sde":  # Euler-Maruyama: diffusion w(t) = 2 t, drift v - w/2 score
-        seeds = seed if isinstance(seed, (list, tuple)) else range(seed, seed + len(x))
-        generators = [torch.Generator().manual_seed(s + 1) for s in seeds]
+        generators = [torch.Generator().manual_seed(s + 1) for s in seeds or range(len(x))]
         times = [*torch.linspace(1, 0.04, steps, dtype=torch.float64).tolist(), 0.0]
-        for t, t_next in zip(times, times[1:], strict=False):
+        for t, t_next in pairwise(times):
             v, dt = velocity(x, t), t_next - t
             score = -((1 - t) * v + x) / t
             x = x + (v - t * score) * dt  # affine in v: a guided velocity is a guided drift
@@ -56,7 +56,7 @@ def sample(model, noise, y, num_classes, steps=250, mode="sde", cfg=1.0, interva
                 x = x + math.sqrt(2 * t * -dt) * torch.stack(fresh).to(x.device)
         return x
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
-    for t, t_next in zip(times, times[1:], strict=False):
+    for t, t_next in pairwise(times):
         v = velocity(x, t)
         x_next = x + (t_next - t) * v
         if mode == "heun" and t_next > 0:  # at t = 0 there is nothing left to correct with
@@ -81,8 +81,8 @@ def find_label(word: str, names: list[str]) -> int:
         if word in (name, f"name:{name}", str(i), f"label:{i}"):
             found[i] = name
     if len(found) != 1:
-        known = f"labels run from 0 to {len(names) - 1}, names from {names[0]} to {names[-1]}"
-        raise UserError(f"--classes {word}: is {found}; name:{word} or label:{word}? {known}")
+        known = f"name:{word} or label:{word}? Labels run from 0 to {len(names) - 1}"
+        raise UserError(f"--classes {word}: is {found}; {known}")
     return next(iter(found))
 
 
@@ -119,7 +119,7 @@ class Settings:
 def main():
     args = models.parse_settings(Settings, __doc__)
     if args.guidance_low > args.guidance_high:
-        raise UserError("--guidance-low and --guidance-high must satisfy low <= high")
+        raise UserError("--guidance-low: must be at most --guidance-high")
     model, saved = models.load_checkpoint(args.ckpt, args.weights, "--cfg" if args.cfg != 1 else "")
     vae, names = find_vae(args.vae, saved["meta"]), saved["meta"]["classes"]
     classes, turns = list(range(len(names))), np.arange(args.num_images)
@@ -134,14 +134,12 @@ def main():
     device, rank, world = models.setup(args.device)
     out, samples = Path(args.out), Path(args.out) / "samples.npz"
     parts = [out / f"{name}-{tag}.part.npy" for name in ("images", "done")]
-    held = models.lock(out) if rank == 0 else None  # noqa: F841 (until main returns)
+    held = models.lock(out)  # noqa: F841 (until main returns)
     if samples.exists():
-        with models.reading(samples, "no samples of ours; choose another --out"):
+        with models.reading(samples, "not these samples; choose another --out"):
             if np.load(samples)["tag"].item() != tag:
-                raise UserError(f"{samples}: holds other samples; choose another --out")
-        for part in parts:  # a run was killed in its last line
-            part.unlink(missing_ok=True)
-        return say(f"{samples}: is complete already, nothing to do")
+                raise ValueError("of other settings or weights")
+        return say(f"{samples}: is complete already")
     model, vae = model.to(device), vae.to(device, memory_format=torch.channels_last)
     network = torch.compile(model) if args.compile else model
     shape = (model.in_channels, model.input_size, model.input_size)

@@ -52,7 +52,6 @@ class TrainSettings:
     projector_dim: int = 2048  # hidden width of the projector
     qk_norm: bool = True  # LayerNorm on each head's queries and keys
     compile: bool | None = None  # torch.compile (default: on CUDA only)
-    grad_checkpoint: bool = False  # recompute blocks in the backward pass: saves memory
     device: str = "auto"  # cpu, cuda or cuda:N; auto is cuda where there is one
     log_every: int = 100  # steps between lines of the log
     save_every: int = 10_000  # steps between checkpoints
@@ -60,21 +59,16 @@ class TrainSettings:
 
 
 # What may differ when a run is continued; a change of the second line's is printed
-FREE = "out steps accum compile grad_checkpoint device log_every save_every keep teacher"
+FREE = "out steps accum compile device log_every save_every keep teacher"
 FREE_BUT_SAID = "lr clip align_weight guide_weight"
 
 # ---- What is random in a step, drawn for the whole batch
 
 
 @functools.lru_cache(maxsize=2)
-def permutation(images, seed, epoch):
+def permutation(images, seed, epoch) -> np.ndarray:
+    """The order of the images in one epoch, (images,) int64."""
     return np.random.default_rng((seed, epoch)).permutation(images)
-
-
-def batch_indices(step, batch, images, seed) -> np.ndarray:
-    """The images of `step`, (batch,) int64. An epoch is a permutation of all of them."""
-    places = range(step * batch, (step + 1) * batch)
-    return np.array([permutation(images, seed, i // images)[i % images] for i in places])
 
 
 @dataclass
@@ -95,14 +89,16 @@ class Draws:
 def draw(step, args, folder, device) -> Draws:
     """The draws of the whole batch, the same on every process. t is stratified: each image gets
     a uniform t, together they cover [0, 1], and a range of t is a slice of the batch."""
-    B = args.batch_size
+    B, N = args.batch_size, len(folder)
     generator = torch.Generator(device).manual_seed((args.seed * 0x9E3779B1 + step) % 2**32)
-    in_stratum, drop = torch.rand(2, B, generator=generator, device=device)
-    posterior, eps = torch.randn(2, B, *folder.shape, generator=generator, device=device)
-    u = torch.rand(B, generator=generator, device=device)
+    options = {"generator": generator, "device": device}
+    in_stratum, drop = torch.rand(2, B, **options)
+    posterior, eps = torch.randn(2, B, *folder.shape, **options)
+    u = torch.rand(B, **options)
     t = (torch.arange(B, device=device) + in_stratum) / B  # t_i in [i, i + 1) / B
-    indices = torch.from_numpy(batch_indices(step, B, len(folder), args.seed))
-    return Draws(indices, t, drop < args.label_drop, posterior, eps, u)
+    places = range(step * B, (step + 1) * B)  # epoch after epoch
+    indices = [permutation(N, args.seed, i // N)[i % N] for i in places]
+    return Draws(torch.tensor(indices), t, drop < args.label_drop, posterior, eps, u)
 
 
 def rows_in_range(batch, shares, t_min, t_max) -> slice:
@@ -153,7 +149,7 @@ class Auxiliary:
         self.args, self.depth, self.weight, self.until = args, depth, weight, until
         self.t_min, self.t_max = args.t_min, args.t_max
         if self.t_min >= self.t_max:
-            raise UserError(f"--t-min {self.t_min} --t-max {self.t_max}: t-min must be smaller")
+            raise UserError(f"--t-min {self.t_min}: must be below --t-max {self.t_max}")
 
     def prepare(self, folder: LatentFolder, device: torch.device):
         """Load and check what the loss needs; called once, if any step is left that has it."""
@@ -201,8 +197,8 @@ class Alignment(Auxiliary):
     name = "align"
 
     def projector(self, model):
-        latent, hidden = (model.patch, model.in_channels), self.args.projector_dim
-        return Projector(model.width, hidden=hidden, to_latent=latent)
+        latent = model.patch, model.in_channels
+        return Projector(model.width, hidden=self.args.projector_dim, to_latent=latent)
 
     def target(self, batch):
         return batch.velocity if self.args.align_target == "velocity" else batch.x0
@@ -217,11 +213,11 @@ def train(args: TrainSettings, auxiliary: Auxiliary):
     folder, shares = LatentFolder(args.data), world * args.accum
     args.compile = device.type == "cuda" if args.compile is None else args.compile
     if len(folder.meta["classes"]) == 1:
-        warn(f"{args.data}: one class: a label that is always the same guides nothing")
+        warn(f"{args.data}: one class: its label can guide nothing")
     if args.batch_size % shares:
         raise UserError(f"--batch-size {args.batch_size}: not divisible by {shares} shares")
     # Locked before its checkpoints are read; a new folder is made when nothing is missing
-    held = models.lock(args.out) if rank == 0 and Path(args.out).exists() else None
+    held = models.lock(args.out) if Path(args.out).exists() else None
     newest = models.checkpoints(args.out)[:1]
     saved = continued(newest[0], args, folder, auxiliary) if newest else None
     start = saved["step"] if saved else 0
@@ -231,20 +227,21 @@ def train(args: TrainSettings, auxiliary: Auxiliary):
     same = {"latents": folder.meta["identity"], "teacher": auxiliary.identity}
     models.agree(settings=vars(args), checkpoint=start, **same)
     state = State(args, folder, device, auxiliary if has_aux else None)
-    held = models.lock(args.out) if rank == 0 and not held else held  # until train returns
+    held = held or models.lock(args.out)  # until train returns
     if saved:
         state.load(saved, auxiliary)
     saved, auxiliary.ema = None, state.ema  # let go of the file: it may be deleted
     rows = rows_in_range(args.batch_size, shares, auxiliary.t_min, auxiliary.t_max)
-    network = parallel(Losses(state.model, state.projector, auxiliary, rows), args, device)
+    network = parallel(Losses(state.model, state.projector, auxiliary, rows), args)
     log = Log(args, auxiliary.name, state) if rank == 0 else None
     stop = Stop()
+    say(f"{args.model} on {device}: steps {start} to {args.steps}")
 
     for step in range(start, args.steps):  # the number of steps done so far
         if has_aux and step == auxiliary.until:  # teacher and projector have done their work
             has_aux, network = False, None
             auxiliary.teacher = state.projector = state.projector_optimizer = None
-            network = parallel(Losses(state.model, None, auxiliary, rows), args, device)
+            network = parallel(Losses(state.model, None, auxiliary, rows), args)
 
         draws = draw(step, args, folder, device)  # the whole batch, the same on every process
         losses = torch.zeros(2, device=device)
@@ -281,15 +278,14 @@ def train(args: TrainSettings, auxiliary: Auxiliary):
     say(f"{args.out}: done at step {args.steps}")
 
 
-def parallel(losses, args, device):
+def parallel(losses, args):
     """Compiled and, among several processes, in DDP; few buckets, for each cuts the graph."""
     if args.compile:
         losses = torch.compile(losses, dynamic=False)
-        say("compiling before the first step: on a card about two minutes")
+        say("compiling: on a card two minutes")
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return losses
-    cards = [device.index] if device.type == "cuda" else None
-    return DDP(losses, cards, gradient_as_bucket_view=True, bucket_cap_mb=250)
+    return DDP(losses, gradient_as_bucket_view=True, bucket_cap_mb=250)
 
 
 class State:
@@ -302,7 +298,7 @@ class State:
         if auxiliary and not 1 <= auxiliary.depth <= self.model.depth:
             depth = f"depth {auxiliary.depth} of the loss {auxiliary.name}"
             raise UserError(f"{depth}: {args.model} has blocks 1 to {self.model.depth}")
-        self.model.to(device).grad_checkpoint = args.grad_checkpoint
+        self.model.to(device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         options = {"lr": args.lr, "betas": (0.9, 0.999), "weight_decay": 0.0, "fused": True}
         self.optimizer = AdamW(self.model.parameters(), **options)
@@ -319,11 +315,11 @@ class State:
 
     def update(self, args, losses):
         """Clip, AdamW, EMA."""
-        networks = [network for network in (self.model, self.projector) if network]
-        trained = [p for network in networks for p in network.parameters()]
+        optimizers = [o for o in (self.optimizer, self.projector_optimizer) if o]
+        trained = [p for o in optimizers for p in o.param_groups[0]["params"]]
         norm = nn.utils.clip_grad_norm_(trained, args.clip)
         lr = args.lr * min(1, (self.step + 1) / max(1, args.warmup))
-        for optimizer in filter(None, (self.optimizer, self.projector_optimizer)):
+        for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -338,9 +334,8 @@ class State:
         tensors = [self.sums, *self.model.parameters(), *self.ema.parameters()]
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
             newest = next(iter(models.checkpoints(args.out)), "the beginning")
-            first = round(self.step - self.sums[3].item() + 1)  # step of those that were summed
-            steps = f"a step from {first} to {self.step} is not finite (--log-every 1 finds it)"
-            raise UserError(f"{steps}; go on from {newest} with another --lr, --clip or weight")
+            what = f"step {self.step} or one before is not finite (--log-every 1 finds it)"
+            raise UserError(f"{what}; go on from {newest} with another --lr, --clip or weight")
 
     def save(self, args, folder, auxiliary, rank):
         """Write ckpt-<step>.pt whole or not at all; all processes learn whether it worked."""
@@ -374,8 +369,8 @@ class State:
 
 def continued(path, args, folder, auxiliary) -> dict:
     """The checkpoint at `path`; UserError if it was trained with other settings or latents."""
-    saved = models.load_file(path, models.CONVERT.format(path), models.FORMAT)
-    with models.reading(path, "is damaged, or no checkpoint"):
+    with models.reading(path, models.CONVERT.format(path)):
+        saved = models.load_file(path, models.FORMAT)
         before, step = saved["args"], saved["step"]
         same = saved["meta"]["identity"] == folder.meta["identity"]
         before["data"] = args.data if same else "(other latents)"
@@ -398,14 +393,13 @@ class Log:
 
     def __init__(self, args, name, state):
         self.args, self.name, self.state = args, name, state
-        self.clock, self.path = (time.time(), state.step), Path(args.out) / "log.jsonl"
+        self.path, self.time, self.step = Path(args.out) / "log.jsonl", time.time(), state.step
         lines = self.path.read_bytes().splitlines() if self.path.exists() else []
         with models.atomic_write(self.path) as file:  # what followed the checkpoint comes again
             for line in lines:
                 with contextlib.suppress(ValueError, KeyError, TypeError):  # cut by a kill
                     if json.loads(line)["step"] <= state.step:
                         file.write(line + b"\n")
-        say(f"{args.model}, steps {state.step} to {args.steps}")
 
     def write(self):
         """Append the means since the last line, and say them."""
@@ -418,9 +412,9 @@ class Log:
                 file.write(json.dumps({**record, "lr": lr}) + "\n")
         except OSError as error:  # a full disk stops the run only if the checkpoint fails, too
             warn(f"{self.path}: could not be written ({error})")
-        before, self.clock = self.clock, (time.time(), step)
-        rate = (step - before[1]) * self.args.batch_size / (self.clock[0] - before[0])
-        left = (self.args.steps - step) * self.args.batch_size / rate / 60
+        seconds = (time.time() - self.time) / (step - self.step)  # of a step
+        self.time, self.step = time.time(), step
+        rate, left = self.args.batch_size / seconds, (self.args.steps - step) * seconds / 60
         losses = f"step {step}/{self.args.steps}  diff {diff:.4f}  {self.name} {aux:.4f}"
         say(f"{losses}  grad {norm:.3f}  {rate:.0f} images/s  {left:.1f} min left")
 

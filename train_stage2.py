@@ -33,19 +33,19 @@ class Guidance(Auxiliary):
     name = "guide"
 
     def prepare(self, folder, device):
-        args, (_, patch) = self.args, models.parse_name(self.args.model)
+        args, ours = self.args, folder.meta
         teacher, saved = load_teacher(args.teacher)
-        theirs, ours = dict(saved["meta"]), dict(folder.meta)
-        theirs.update(patch=teacher.patch, vae=theirs["vae"].get("identity"))
-        ours.update(patch=patch, vae=ours["vae"].get("identity"))
-        numbers = [str(i) for i in range(len(ours["classes"]))]
-        if theirs["classes"] == numbers and ours["classes"] != numbers:  # a converted checkpoint
-            warn(f"{args.teacher}: knows no names of classes; its labels are taken as they are")
-            theirs["classes"] = ours["classes"]
-        for what in ("patch", "vae", "channels", "height", "scale", "classes", "identity"):
-            if theirs[what] not in (None, ours[what]):
-                wrong = f"--teacher {args.teacher}: {what} {theirs[what]}, not {ours[what]}"
-                raise UserError(wrong[:300])
+        theirs = saved["meta"]
+        if theirs["identity"] is None:  # converted from another project's checkpoint
+            warn(f"{args.teacher}: converted; are these its latents and labels?")
+        facts = {key: (theirs[key], ours[key]) for key in ("channels", "height", "scale")}
+        facts["classes"] = len(theirs["classes"]), len(ours["classes"])
+        facts["patch"] = teacher.patch, models.parse_name(args.model)[1]
+        facts["VAE"] = theirs["vae"].get("identity"), ours["vae"].get("identity")
+        facts["latents"] = theirs["identity"], ours["identity"]
+        for what, (its, needed) in facts.items():
+            if its not in (None, needed):
+                raise UserError(f"--teacher {args.teacher}: {what} {its}, not {needed}")
         self.s = saved["scale"] if args.guide_scale is None else args.guide_scale
         self.identity = fingerprint(self.s, *teacher.state_dict().values())
         self.teacher = teacher.to(device)

@@ -7,6 +7,7 @@ rows (2C, H, W) are the posterior's mean, then its std; labels.npy (N,); files.j
 """
 
 import contextlib
+import fnmatch
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -28,8 +29,6 @@ from models import UserError, say, setting, warn
 
 FORMAT = 1  # of the latent folder
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # or a large colour profile would cost the picture
-TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
-TURNS = dict(enumerate(TURNS.split(), 2))  # what brings EXIF's orientations 2 to 8 upright
 
 # ---- The KL autoencoder of latent diffusion (Rombach et al. 2022, arXiv 2112.10752); the names
 # of its tensors are those of diffusers
@@ -154,7 +153,7 @@ def decode(vae, x0) -> np.ndarray:
             images.append(vae.decode(piece.to(device)).float().cpu())
     images = torch.cat(images).permute(0, 2, 3, 1)
     if not images.isfinite().all():
-        raise UserError("the latents or the decoded images are not finite numbers")
+        raise UserError("the latents or the decoded images are not finite")
     return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
 
 
@@ -165,12 +164,10 @@ def from_uint8(images) -> torch.Tensor:
 
 def load_vae(path) -> AutoencoderKL:
     """An AutoencoderKL in eval mode from a file of {"model": tensors, "scale": number}."""
-    problem = f"no KL autoencoder for --vae: python experiments/convert_vae.py {path} OUT"
-    with models.reading(path, problem):
-        saved = models.load_file(path, problem, missing="no such file; give the VAE as --vae")
+    with models.reading(path, f"no VAE for --vae: python experiments/convert_vae.py {path} OUT"):
+        saved = models.load_file(path)
         scale, state = float(saved["scale"]), saved["model"]  # a scale is never assumed
-        convs = [key for key in sorted(state) if key.startswith("encoder.down")]
-        convs = [key for key in convs if key.endswith("conv1.weight")]  # one of each ResnetBlock
+        convs = sorted(fnmatch.filter(state, "encoder.down*.conv1.weight"))  # of ResnetBlocks
         channels = [len(state[key]) for key in convs if ".resnets.0." in key]  # of its stages
         latent_channels = len(state["quant_conv.bias"]) // 2
         vae = AutoencoderKL(channels, latent_channels, len(convs) // len(channels), scale)
@@ -202,13 +199,11 @@ def open_image(path, size=None) -> np.ndarray:
     with Image.open(path) as image:
         image.load()
         with contextlib.suppress(Exception):  # what is in the metadata never costs a picture
-            turn = TURNS[image.getexif()[ExifTags.Base.Orientation]]  # KeyError: it is upright
-            image = image.transpose(Image.Transpose[turn])
+            ImageOps.exif_transpose(image, in_place=True)  # it turns before it writes metadata
         if image.mode in ("I", "F"):  # 32 bits: which of their numbers is white?
-            raise ValueError("has pixels of 32 bits; save it with 8 or 16")
+            raise ValueError("32-bit pixels; save it with 8 or 16")
         if image.mode.startswith("I;16"):
-            grey = np.asarray(image).astype(np.float64) / 257  # 65535 is white
-            image = Image.fromarray(grey.round().astype(np.uint8))
+            image = Image.fromarray(np.uint8(np.asarray(image) / 257 + 0.5))  # 65535 is white
         if "A" in image.mode or "transparency" in image.info:  # laid on white
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -249,6 +244,7 @@ class Images(Dataset):
         seen, left_out = {os.path.realpath(root)}, []
         found = [image_files(os.path.join(root, name), seen, left_out) for name in self.classes]
         self.files = [file for files in found for file in files]
+        self.names = [os.path.relpath(file, root) for file in self.files]
         self.labels = [label for label, files in enumerate(found) for _ in files]
         if not found or not all(found):
             empty = [name for name, files in zip(self.classes, found, strict=True) if not files]
@@ -279,9 +275,9 @@ class LatentFolder:
 
     def __init__(self, path):
         self.path = path = Path(path)
-        if not (path / "meta.json").is_file():
-            raise UserError(f"{path}: no latents, or cut off ones: vae_latents.py --out {path}")
-        with models.reading(path, "no whole latent folder; encode it again"):
+        with models.reading(
+            path, f"no latents; cut off? Go on: vae_latents.py --out {path}; or remove it"
+        ):
             self.meta = meta = json.loads((path / "meta.json").read_text())
             labels = np.load(path / "labels.npy").astype(np.int64, casting="safe")
             self.labels, N = torch.from_numpy(labels), meta["num_images"]
@@ -382,7 +378,7 @@ def finish(images, vae, moments, done, meta, out):
             file.write("\n".join(reasons).encode(errors="surrogateescape"))
         seen = f"{len(reasons)} images cannot be read, see {out}/unreadable.txt: {reasons[:5]}"
         for label in set(images.labels) - {images.labels[i] for i in kept}:
-            raise UserError(f"none is left of the class {images.classes[label]}: {seen}")
+            raise UserError(f"none is left of class {images.classes[label]}: {seen}")
         warn(f"left out: {seen}")
         holes = unreadable[unreadable < len(kept)]
         last = kept[kept >= len(kept)]  # they fill the holes; what lies behind counts no more
@@ -397,13 +393,12 @@ def finish(images, vae, moments, done, meta, out):
     meta.update(channels=mean.shape[1], height=mean.shape[2], width=mean.shape[3])
     with models.atomic_write(out / "labels.npy") as file:
         np.save(file, np.array(images.labels, dtype=np.int64)[kept])
-    names = [os.path.relpath(images.files[i], meta["source"]) for i in kept]
-    for name, content in (("files", names), ("meta", meta)):
+    for name, content in (("files", [images.names[i] for i in kept]), ("meta", meta)):
         with models.atomic_write(out / f"{name}.json") as file:
             file.write(json.dumps(content).encode())
     say(f"{out}: {len(kept)} images; the std of the scaled latents is {meta['std']:.3f}")
     if not 0.7 <= meta["std"] <= 1.4:
-        warn(f"that std should be about 1; is {vae.scale} the scale of {meta['vae']['path']}?")
+        warn(f"that std should be about 1; is {vae.scale} the scale of this VAE?")
 
 
 def main():
@@ -414,19 +409,17 @@ def main():
     vae = load_vae(args.vae)
     images = Images(args.images, args.image_size)
     out = Path(args.out)
-    names = [os.path.relpath(file, args.images) for file in images.files]
     dates = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, images.files)]
-    tag = fingerprint(names, dates, args.image_size, vae.identity())[:12]
-    held = models.lock(out) if rank == 0 else None  # noqa: F841 (until main returns)
+    tag = fingerprint(images.names, dates, args.image_size, vae.identity())[:12]
+    held = models.lock(out)  # noqa: F841 (until main returns)
     part = out / f"done-{tag}.part.npy"
     if (out / "meta.json").is_file():
         if LatentFolder(out).meta.get("tag") != tag:
             raise UserError(f"{out}: holds latents of other images or VAE; another --out?")
-        part.unlink(missing_ok=True)  # a run was killed in its last line
-        return say(f"{out}: is complete already, nothing to do")
+        return say(f"{out}: is complete already")
     if rank == 0 and not (part.exists() and (out / "moments.npy").exists()):
         for old in out.glob("done-*.part.*"):
-            warn(f"{old}: dropped, the encoding of other or changed images or VAE, or a lost one")
+            warn(f"{old}: dropped, it is of other or changed images or VAE")
             old.unlink()
         (out / "moments.npy").unlink(missing_ok=True)
     done = shared_array(part, (len(images),), np.uint8, rank)

@@ -106,7 +106,7 @@ class Step:
         model = twin(self.state.model, "blocks" if mode == "blocks" else "eager")
         self.network = Losses(model, self.state.projector, self.auxiliary, self.rows)
         if mode == "whole":
-            self.network = parallel(self.network, self.args, self.device)
+            self.network = parallel(self.network, self.args)
 
     def losses(self, batch):
         """(L_diff, L_aux)."""

@@ -138,10 +138,10 @@ def main():
     args = models.parse_settings(Settings, __doc__)
     if Path(args.out).exists():
         raise UserError(f"{args.out}: is there already; choose another name")
-    with torch.serialization.safe_globals([argparse.Namespace]):  # in which REPA keeps arguments
-        saved = models.load_file(args.source)
     try:
         with models.reading(args.source, "is no checkpoint of a SiT with REPA's names"):
+            with torch.serialization.safe_globals([argparse.Namespace]):  # REPA's arguments
+                saved = models.load_file(args.source)
             content = convert(saved, args)
             kinds = sorted({"model", "ema"} & content.keys())
             for kind in kinds:

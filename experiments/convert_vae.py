@@ -62,19 +62,18 @@ def weights_file(source: Path) -> Path:
 
 def read_tensors(path: Path) -> dict:
     """{name: tensor} of a file of weights, read as plain data."""
-    if path.suffix == ".safetensors" and path.is_file():
-        with models.reading(path, "cannot be read; it needs `pip install safetensors`"):
+    with models.reading(path, "cannot be read (.safetensors needs `pip install safetensors`)"):
+        if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
-    strangers = []
-    if path.is_file() and zipfile.is_zipfile(path):
-        with models.reading(path, "cannot be read as a file of torch.save"):
+        strangers = []
+        if zipfile.is_zipfile(path):
             strangers = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    if strangers:
-        say(f"{path}: of its {', '.join(strangers)} nothing is read or run")
-    with torch.serialization.safe_globals([(Inert, name) for name in strangers]):
-        saved = models.load_file(path)
+        if strangers:
+            say(f"{path}: of its {', '.join(strangers)} nothing is read or run")
+        with torch.serialization.safe_globals([(Inert, name) for name in strangers]):
+            saved = models.load_file(path)
     for key in ("state_dict", "model"):
         saved = saved[key] if isinstance(saved.get(key), dict) else saved
     return saved

@@ -76,8 +76,8 @@ def values(seeds: dict, metric: str) -> list[float]:
 def read_run(run: Path) -> tuple[SimpleNamespace, dict, int]:
     """(The settings, the latents' meta, the newest step) of a run."""
     path = next(iter(models.checkpoints(run)), run / "ckpt-*.pt")
-    saved = models.load_file(path)
     with models.reading(path, "is no checkpoint"):
+        saved = models.load_file(path)
         return SimpleNamespace(**saved["args"]), saved["meta"], saved["step"]
 
 
@@ -117,7 +117,7 @@ def spent(args, meta, step, student) -> float:
 def network(model: str, meta: dict):
     """A SiT without weights, for its FLOPs."""
     with torch.device("meta"):
-        return models.build(model, meta["height"], meta["channels"], len(meta["classes"]))
+        return models.build_for({"model": model, "qk_norm": True}, meta)
 
 
 def find_baseline(stage: str) -> type[Baseline]:
@@ -233,7 +233,8 @@ def main():
     args = models.parse_settings(Settings, __doc__)
     runs, figure, judge = Path(args.runs), Path(args.figure), args.judge or ""
     found, classifier = find_results(runs, judge), runs / f"classifier{judge}.pt"
-    real = models.load_file(classifier).get("round_trips") if classifier.is_file() else None
+    with models.reading(classifier, "is no judge"):
+        real = models.load_file(classifier).get("round_trips") if classifier.is_file() else None
     for text in (*table(found), "", "In steps of vanilla of the same seed:", "", *worths(found)):
         say(text)
     for student in STUDENTS:

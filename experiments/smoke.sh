@@ -78,7 +78,7 @@ step continued 0 python train_stage1.py "${train[@]}" --steps $((last + 20)) --o
 step teacher 0 python build_teacher.py --ckpt "$D/stage1" --out "$D/teacher"
 step stage2 0 python train_stage2.py "${train[@]}" "${guide[@]}" --no-compile --out "$D/stage2"
 step torchrun 0 python -m torch.distributed.run --standalone --nproc_per_node=1 train_stage2.py \
-    "${train[@]}" "${guide[@]}" $compile --accum 4 --grad-checkpoint --out "$D/torchrun"
+    "${train[@]}" "${guide[@]}" $compile --accum 4 --out "$D/torchrun"
 step logs 0 python -c "$logs" "$D"/{stage1,stage2,torchrun}/log.jsonl
 step probe 0 python experiments/probe.py "$D/stage1" --device $device --out "$D/probe"
 step samples 0 python sample.py --ckpt "$D/stage2" "${sample[@]}" --out "$D/samples"

@@ -71,10 +71,22 @@ def call(module, *flags):
         module.main()
 
 
+def batch_indices(step, batch, images, seed) -> np.ndarray:
+    """The images of a step, from whole epochs put end to end."""
+    last = (step + 1) * batch // images
+    epochs = [np.random.default_rng((seed, epoch)).permutation(images) for epoch in range(last + 1)]
+    return np.concatenate(epochs)[step * batch : (step + 1) * batch]
+
+
+def build(name, side=32, channels=4, classes=1000, qk_norm=True):
+    import models
+
+    meta = {"height": side, "channels": channels, "classes": range(classes)}
+    return models.build_for({"model": name, "qk_norm": qk_norm}, meta)
+
+
 def tiny(num_classes=10, seed=0, patch=8, size=16, name="SiT-Ti"):
     """A small SiT whose zero-initialised layers are filled, so that every path carries signal."""
-    from models import build
-
     torch.manual_seed(seed)
     model = build(f"{name}/{patch}", size, 4, num_classes)
     for p in model.parameters():
@@ -102,7 +114,8 @@ def write_folder(path, num=48, classes=10, shape=(4, 16, 16), seed=0, scale=1.0)
 def write_checkpoint(path, model, name="SiT-Ti/8", step=7, shift=0.0):
     """A checkpoint from the documented format; raw weights are the average's plus `shift`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    args = {"model": name, "qk_norm": model.qk_norm, "label_drop": 0.1, "ema": 0.9, "seed": 0}
+    qk_norm = isinstance(model.blocks[0].attn.q_norm, torch.nn.LayerNorm)
+    args = {"model": name, "qk_norm": qk_norm, "label_drop": 0.1, "ema": 0.9, "seed": 0}
     args.update(ema_ramp=True, stage="align", align_weight=0.5, batch_size=8)
     meta = {"channels": 4, "height": model.input_size, "width": model.input_size, "scale": 1.0}
     meta.update(classes=[f"class {i}" for i in range(model.num_classes)], identity=None)

@@ -177,7 +177,7 @@ def test_encoding_killed_and_repeated_is_byte_identical(pictures, encoded, proce
     result = script("vae_latents.py", *flags(pictures, tmp_path / "b"), processes=processes)
     assert result.returncode == 0, result.stderr
     assert kills and digest(tmp_path / "b") == digest(encoded)
-    assert "nothing to do" in ok("vae_latents.py", *flags(pictures, tmp_path / "b"))
+    assert "complete already" in ok("vae_latents.py", *flags(pictures, tmp_path / "b"))
 
 
 @pytest.mark.parametrize("unreadable", [0, 3])
@@ -240,7 +240,7 @@ def test_unreadable_images_are_left_out_counted_and_listed(pictures, encoded, tm
     left = {file.name for file in (tmp_path / "out").iterdir() if not file.name.startswith(".")}
     assert left == {"files.json", "labels.npy", "meta.json", "moments.npy", "unreadable.txt"}
     call(vae_latents, *flags(tmp_path, tmp_path / "out"))
-    assert "nothing to do" in capsys.readouterr().out
+    assert "complete already" in capsys.readouterr().out
 
 
 def test_a_class_of_which_nothing_can_be_read_is_refused(pictures, tmp_path):
@@ -322,5 +322,5 @@ def test_the_verdict_on_a_damaged_folder_is_one(pictures, encoded, tmp_path):
     data = (encoded / "moments.npy").read_bytes()
     (tmp_path / "a/moments.npy").write_bytes(data[: len(data) // 2])
     for attempt in (LatentFolder, lambda out: call(vae_latents, *flags(pictures, out))):
-        with pytest.raises(UserError, match="encode it again"):
+        with pytest.raises(UserError, match="remove it"):
             attempt(tmp_path / "a")

@@ -315,7 +315,7 @@ def test_guide_by_internal(latents, judge, tmp_path):
         (["--scales", ""], "--scales: must not be empty"),
         (["--small", "classes.pt"], "--small classes.pt: is of other latents than"),
         (["--small", "vae.pt"], "--small vae.pt: is of other latents than"),
-        (["--small", "absent.pt"], "absent.pt: .*no such file"),
+        (["--small", "absent.pt"], "absent.pt: .*No such file"),
         (["--by", "internal"], "--by internal: the checkpoint is none of"),
         (["--judge", "other.pt"], "other.pt: is no judge"),
         (["--out", "broken.jsonl"], "broken.jsonl: is no file of figures"),
