@@ -133,13 +133,14 @@ def inception_score(probs, split_size=5000) -> float:
 def precision_recall(real, fake, k=3) -> tuple[float, float]:
     """(Share of fakes within the real manifold, of reals within the fake one); (N, D) features.
     A manifold is the union of balls around a set's points that reach to the k-th neighbour
-    (Kynkaanniemi et al. 2019). Both need more than k points."""
+    (Kynkaanniemi et al. 2019), or to the last of fewer."""
     centre = real.mean(dim=0)  # distances stay, their rounding errors shrink
     real, fake = real - centre, fake - centre
 
     def share_within(points, manifold):
-        near = [torch.cdist(m, manifold).kthvalue(k + 1)[0] for m in manifold.split(1024)]
-        radii = torch.cat(near)  # each point is its own first neighbour
+        nth = min(k + 1, len(manifold))  # each point is its own first neighbour
+        near = [torch.cdist(m, manifold).kthvalue(nth)[0] for m in manifold.split(1024)]
+        radii = torch.cat(near)
         within = [(torch.cdist(p, manifold) <= radii).any(dim=1) for p in points.split(1024)]
         return torch.cat(within).double().mean().item()
 
@@ -242,7 +243,7 @@ def main():
         if mu in a and mu in b:
             results[metric] = frechet_distance(a[mu], a[sigma], b[mu], b[sigma])
     real, count = reference.get("features"), reference.get("count")
-    if "features" in samples and real is not None and min(count, samples["count"]) > 3:
+    if "features" in samples and real is not None:
         some = real[torch.linspace(0, count - 1, min(count, PR_NUM)).long()]
         results["precision"], results["recall"] = precision_recall(some, samples["features"])
     for key, value in results.items():
