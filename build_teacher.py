@@ -58,7 +58,7 @@ def main():
     if out.exists():
         raise UserError(f"{out}: is there; remove it, or give another --out")
     model, saved = models.load_checkpoint(args.ckpt, "model", null_label_for="f_u")
-    name, step = saved["args"]["model"], saved["step"]
+    name, step = saved["args"]["model"], saved["step"]  # "model": the raw weights, as the paper
     depth = args.teacher_depth or models.parse_name(name)[0].teacher_depth
     if depth > model.depth:
         raise UserError(f"--teacher-depth {depth}: {name} has blocks 1 to {model.depth}")

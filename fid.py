@@ -185,7 +185,7 @@ def open_archive(path, batch):
                 if saved[sigma].shape != 2 * saved[mu].shape:
                     raise ValueError(f"{mu} and {sigma} have shapes that do not fit")
         if len(pixels) < 2 and "mu" not in saved:
-            raise ValueError("fewer than two images, and no mu")
+            raise ValueError("fewer than two images, no mu")
         how = json.loads(content["settings"].item()) if "tag" in content else None
     return saved, (pixels[i : i + batch] for i in range(0, len(pixels), batch)), how
 

@@ -1,7 +1,8 @@
 """SiT: a diffusion transformer with adaLN-Zero blocks that predicts a velocity. Start here.
 
 After DiT (Peebles & Xie 2023, arXiv 2212.09748) and SiT (Ma et al. 2024, arXiv 2401.08740);
-names of tensors as in REPA (Yu et al. 2025, arXiv 2410.06940). Skip the last part at first.
+names of tensors as in REPA (Yu et al. 2025, arXiv 2410.06940). At first read to "What every
+script shares".
 """
 
 import argparse
@@ -379,7 +380,7 @@ def reading(path, problem):
         raise UserError(f"{path}: {problem} ({reason})") from error
 
 
-CONVERT = "no checkpoint of train_stage*.py: python experiments/convert_sit.py {} OUT --vae FILE"
+CONVERT = "needed: one of train_stage*.py, or python experiments/convert_sit.py {} OUT --vae FILE"
 
 
 def load_file(path, format=None) -> dict:
@@ -388,7 +389,7 @@ def load_file(path, format=None) -> dict:
     Called in a `reading`: a file that is not whole, or not of this `format`, has many errors."""
     zipped = zipfile.is_zipfile(path)
     if zipped and (bad := zipfile.ZipFile(path).testzip()):
-        raise ValueError(f"damaged: the checksum of {bad} is wrong")
+        raise ValueError(f"the checksum of {bad} is wrong")
     saved = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=zipped))
     if format and saved.get("format") != format:
         raise ValueError(f"its format is {saved.get('format')}, not {format}")

@@ -3,7 +3,7 @@
     python sample.py --ckpt out/stage2 --num-images 100 --cfg 2
 
 Writes samples.npz and grid.png; a cut-off run continues. Image i depends on (--seed, i) alone,
-for any number of processes; another --batch-size rounds a few pixels otherwise, by 1 of 255.
+for any number of processes; another --batch-size rounds otherwise (a CPU: a few pixels by 1).
 """
 
 import hashlib
@@ -124,7 +124,7 @@ def main():
     vae, names = find_vae(args.vae, saved["meta"]), saved["meta"]["classes"]
     classes, turns = list(range(len(names))), np.arange(args.num_images)
     if args.classes:
-        classes = [find_label(word, names) for word in args.classes.split(",")]
+        classes = [find_label(word.strip(), names) for word in args.classes.split(",")]
     if args.labels == "random":
         turns = np.random.default_rng(args.seed).integers(2**63, size=args.num_images)
     y = torch.tensor(classes)[turns % len(classes)]

@@ -2,10 +2,10 @@
 
     torchrun --nproc_per_node=8 train_stage1.py                 # SiT-XL/2, the paper's settings
 
-L = L_diff + 0.5 L_align (Self-Transcendence, arXiv 2601.07773). Training is a function of the
-step: the order of images comes from (seed, epoch), all that is random in step k from (seed, k),
-drawn for the whole batch and cut into shares. So the same command again continues a killed run,
-on a CPU bit for bit, and any number of processes has the same trajectory but for rounding.
+L = L_diff + 0.5 L_align where 0.4 <= t <= 0.7 (Self-Transcendence, arXiv 2601.07773). Training
+is a function of the step: the order of images comes from (seed, epoch), all that is random in
+step k from (seed, k), drawn for the whole batch and cut into shares. So the same command again
+continues a killed run, on a CPU bit for bit, for any number of processes but for rounding.
 """
 
 import contextlib
@@ -47,8 +47,8 @@ class TrainSettings:
     ema_ramp: bool = False  # decay at most (1 + step) / (10 + step), for short runs
     label_drop: float = setting(0.1, at_least=0, below=1)  # fraction of null labels
     seed: int = setting(0, at_least=0, at_most=2**63 - 1)  # seed of everything random
-    t_min: float = setting(0.4, at_least=0, at_most=1)  # L_aux counts from this t on (released: 0)
-    t_max: float = setting(0.7, at_least=0, at_most=1)  # and up to this one (released: 1)
+    t_min: float = setting(0.4, at_least=0, at_most=1)  # L_aux counts from here (as released: 0)
+    t_max: float = setting(0.7, at_least=0, at_most=1)  # up to here (as released: 1)
     projector_dim: int = 2048  # hidden width of the projector
     qk_norm: bool = True  # LayerNorm on each head's queries and keys
     compile: bool | None = None  # torch.compile (default: on CUDA only)
@@ -59,7 +59,7 @@ class TrainSettings:
 
 
 # What may differ when a run is continued; a change of the second line's is printed
-FREE = "out steps accum compile device log_every save_every keep teacher"
+FREE = "out steps accum compile device log_every save_every keep teacher guide_scale"
 FREE_BUT_SAID = "lr clip align_weight guide_weight"
 
 # ---- What is random in a step, drawn for the whole batch
@@ -250,7 +250,7 @@ def train(args: TrainSettings, auxiliary: Auxiliary):
             if world > 1:  # DDP averages the gradients over processes with the last share
                 network.require_backward_grad_sync = w + world >= shares
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                target = auxiliary.target(batch[rows]) if has_aux else None  # f_g, by Guidance
+                target = auxiliary.target(batch[rows]) if has_aux else None  # stage 2: f_g
                 inputs = batch.x_t, batch.t, batch.told, batch.velocity, target
                 loss_diff, loss_aux = network(*inputs)
             ((loss_diff + auxiliary.weight * loss_aux) / args.accum).backward()

@@ -44,7 +44,7 @@ class Guidance(Auxiliary):
         facts["VAE"] = theirs["vae"].get("identity"), ours["vae"].get("identity")
         facts["latents"] = theirs["identity"], ours["identity"]
         for what, (its, needed) in facts.items():
-            if its not in (None, needed):
+            if its not in (None, needed):  # None: it does not say
                 raise UserError(f"--teacher {args.teacher}: {what} {its}, not {needed}")
         self.s = saved["scale"] if args.guide_scale is None else args.guide_scale
         self.identity = fingerprint(self.s, *teacher.state_dict().values())

@@ -139,8 +139,10 @@ def fingerprint(*items) -> str:
     """sha256 of tensors, arrays and plain values: the same content has the same hash."""
     digest = hashlib.sha256()
     for item in items:
-        is_array = isinstance(item, (torch.Tensor, np.ndarray))
-        digest.update(np.asarray(item).tobytes() if is_array else repr(item).encode())
+        if isinstance(item, torch.Tensor):
+            item = item.cpu().numpy()
+        is_array = isinstance(item, np.ndarray)
+        digest.update(item.tobytes() if is_array else repr(item).encode())
     return digest.hexdigest()
 
 
@@ -201,7 +203,7 @@ def open_image(path, size=None) -> np.ndarray:
         with contextlib.suppress(Exception):  # what is in the metadata never costs a picture
             ImageOps.exif_transpose(image, in_place=True)  # it turns before it writes metadata
         if image.mode in ("I", "F"):  # 32 bits: which of their numbers is white?
-            raise ValueError("32-bit pixels; save it with 8 or 16")
+            raise ValueError("32-bit pixels; save 8 or 16")
         if image.mode.startswith("I;16"):
             image = Image.fromarray(np.uint8(np.asarray(image) / 257 + 0.5))  # 65535 is white
         if "A" in image.mode or "transparency" in image.info:  # laid on white
@@ -254,7 +256,7 @@ class Images(Dataset):
         say(f"{len(self.files)} images of {names}; left out (hidden, double, other): {others}")
         splits = "train training val valid validation test testing images __macosx".split()
         if len(self.classes) == 1 or any(name.lower() in splits for name in self.classes):
-            warn(f"--images {root}: is each of its folders a class? It has {names}")
+            warn(f"--images {root}: is each folder a class? It has {names}")
 
     def __len__(self):
         return len(self.files)
@@ -271,7 +273,8 @@ class Images(Dataset):
 
 class LatentFolder:
     """A complete folder: .meta (dict), .labels (N,) int64, .moments (N, 2C, H, W) float16 map.
-    .meta["identity"] hashes the content: other pictures are other data, another path is not."""
+    .meta["identity"] hashes labels and 64 rows: other pictures are other data, another path is
+    not."""
 
     def __init__(self, path):
         self.path = path = Path(path)

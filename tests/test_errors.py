@@ -503,7 +503,9 @@ def test_a_rebuilt_teacher_is_the_same_one_and_another_is_not(refused, runs, lat
     torch.save({**saved, "scale": 7.0}, teacher)
     refused("train_stage2.py", *flags, "--steps", 8, says=["another teacher", "ckpt-0000006.pt"])
     torch.save(saved, teacher)
-    call(train_stage2, *flags, "--steps", 8)
+    s = ["--guide-scale", saved["scale"]]  # the teacher's own, said aloud
+    refused("train_stage2.py", *flags, "--steps", 8, *s[:1], 8.0, says=["another teacher"])
+    call(train_stage2, *flags, "--steps", 8, *s)
     teacher.unlink()
     call(train_stage2, *flags, "--steps", 10)
 

@@ -324,3 +324,24 @@ def test_the_verdict_on_a_damaged_folder_is_one(pictures, encoded, tmp_path):
     for attempt in (LatentFolder, lambda out: call(vae_latents, *flags(pictures, out))):
         with pytest.raises(UserError, match="remove it"):
             attempt(tmp_path / "a")
+
+
+def test_a_fingerprint_is_of_the_content_wherever_it_lies():
+    """A VAE that has moved to a card is the same one; numpy cannot have a tensor of a card."""
+
+    class Card(torch.Tensor):
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+        def numpy(self):
+            raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+        def __array__(self, *args, **kwargs):
+            return self.numpy()
+
+    x = torch.arange(6.0).reshape(2, 3)
+    here = vae_latents.fingerprint(1.0, x)
+    assert vae_latents.fingerprint(1.0, x.as_subclass(Card)) == here
+    assert vae_latents.fingerprint(1.0, x.numpy()) == here
+    assert vae_latents.fingerprint(1.0, x.T.contiguous().T) == here  # strides do not count
+    assert vae_latents.fingerprint(1.0, x + 1) != here
