@@ -129,8 +129,9 @@ def main():
         turns = np.random.default_rng(args.seed).integers(2**63, size=args.num_images)
     y = torch.tensor(classes)[turns % len(classes)]
     how = (args.steps, args.mode, args.cfg, (args.guidance_low, args.guidance_high))
-    recipe = [how, args.num_images, args.seed, y, vae.identity()]  # with the network: all that
-    tag = fingerprint(*recipe, *model.state_dict().values())[:12]  # the images depend on
+    # The tag is a hash of all that the images depend on
+    recipe = [how, args.num_images, args.seed, y, vae.identity()]
+    tag = fingerprint(*recipe, *model.state_dict().values())[:12]
     device, rank, world = models.setup(args.device)
     out, samples = Path(args.out), Path(args.out) / "samples.npz"
     parts = [out / f"{name}-{tag}.part.npy" for name in ("images", "done")]

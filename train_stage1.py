@@ -59,7 +59,7 @@ class TrainSettings:
 
 
 # What may differ when a run is continued; a change of the second line's is printed
-FREE = "out steps accum compile device log_every save_every keep teacher guide_scale"
+FREE = set("out steps accum compile device log_every save_every keep teacher guide_scale".split())
 FREE_BUT_SAID = "lr clip align_weight guide_weight"
 
 # ---- What is random in a step, drawn for the whole batch
@@ -375,7 +375,7 @@ def continued(path, args, folder, auxiliary) -> dict:
         same = saved["meta"]["identity"] == folder.meta["identity"]
         before["data"] = args.data if same else "(other latents)"
     now, wrong = {**vars(args), "stage": auxiliary.name}, []
-    for key in now.keys() & before.keys() - set(FREE.split()):
+    for key in (now.keys() & before.keys()) - FREE:
         change = f"{models.flag(key)} {before[key]} -> {now[key]}"
         if key in FREE_BUT_SAID.split() and before[key] not in (0, now[key]):
             say(f"continued with {change}")  # but after a weight of 0 no projector has learned
