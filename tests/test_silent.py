@@ -156,11 +156,11 @@ def test_names_with_commas_and_letters_of_other_languages(numbered, refused, tmp
     names = [*NAMES, *(f"class {i}" for i in range(len(NAMES), 12))]
     ckpt = changed_checkpoint(numbered.run, tmp_path / "named.pt", meta={"classes": names})
     given = ["--ckpt", ckpt, "--num-images", 2, *EULER]
-    wanted = {"label:3": [3, 3], "fox,ü": [1, 4], "name:fox,label:3": [1, 3]}
+    wanted = {"label:3": [3, 3], "fox,ü": [1, 4], "fox, ü": [1, 4], "name:fox,label:3": [1, 3]}
     for number, (words, labels) in enumerate(wanted.items()):
         call(sample, *given, "--classes", words, "--out", tmp_path / str(number))
         assert samples_in(tmp_path / str(number))["labels"].tolist() == labels
-    for words in ("tench, Tinca tinca", "tench", "fox, ü", "Fox", "12", "-1", "1.0", "fox,"):
+    for words in ("tench, Tinca tinca", "tench", "Fox", "12", "-1", "1.0", "fox,"):
         refused(sample, *given, "--classes", words, "--out", tmp_path / "no", says=["--classes"])
     assert not (tmp_path / "no").exists()
 
