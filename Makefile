@@ -21,7 +21,7 @@ lint: .venv .venv/dev
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 
-FIRST = tests/test_faults.py tests/test_silent.py tests/test_errors.py tests/test_latents.py
+FIRST = tests/test_faults.py tests/test_silent.py tests/test_errors.py
 
 test: .venv .venv/dev
 	@# two halves side by side: a process trains on one core
