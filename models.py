@@ -380,7 +380,7 @@ def reading(path, problem):
         raise UserError(f"{path}: {problem} ({reason})") from error
 
 
-CONVERT = "needed: one of train_stage*.py, or python experiments/convert_sit.py {} OUT --vae FILE"
+CONVERT = "no train_stage*.py checkpoint; else python experiments/convert_sit.py {} OUT --vae FILE"
 
 
 def load_file(path, format=None) -> dict:
@@ -425,7 +425,7 @@ def lock(folder):
     except (BlockingIOError, PermissionError) as error:
         raise UserError(f"{folder}: another run is at work there; another --out?") from error
     except OSError as error:
-        warn(f"{folder}: cannot be locked ({error}); start no second run there")
+        warn(f"{folder}: cannot be locked ({error}); start no second run")
     return file
 
 
