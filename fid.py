@@ -95,7 +95,7 @@ def load_inception(weights) -> InceptionV3:
         with models.reading(WEIGHTS, "cannot be had; bring it here and give --weights FILE"):
             file.parent.mkdir(parents=True, exist_ok=True)
             if not file.exists():
-                torch.hub.download_url_to_file(WEIGHTS, file)
+                torch.hub.download_url_to_file(WEIGHTS, file, hash_prefix=WEIGHTS_HASH)
         if not hashlib.sha256(file.read_bytes()).hexdigest().startswith(WEIGHTS_HASH):
             raise UserError(f"{file}: is cut, or another file; delete it, and it comes again")
     network = InceptionV3()
@@ -165,7 +165,7 @@ def file_batches(folder, size, batch):
             images = list(pool.map(load, files[start : start + batch]))
             sizes |= {image.shape for image in images}
             if len(sizes) > 1:
-                raise UserError(f"{folder}: has sizes {sizes}; --image-size N crops all")
+                raise UserError(f"{folder}: sizes {sizes}; --image-size N crops all")
             yield np.stack(images)
 
 

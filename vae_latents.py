@@ -422,7 +422,7 @@ def main():
         return say(f"{out}: is complete already")
     if rank == 0 and not (part.exists() and (out / "moments.npy").exists()):
         for old in out.glob("done-*.part.*"):
-            warn(f"{old}: dropped, it is of other or changed images or VAE")
+            warn(f"{old}: dropped, of other images or VAE")
             old.unlink()
         (out / "moments.npy").unlink(missing_ok=True)
     done = shared_array(part, (len(images),), np.uint8, rank)

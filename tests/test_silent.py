@@ -828,7 +828,7 @@ def test_a_block_that_is_not_there_makes_no_folder(numbered, refused, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_rejected_command_leaves_the_good_file_of_before(numbered, refused, few, tmp_path):
+def test_a_rejected_command_leaves_the_good_file_of_before(numbered, refused, tmp_path):
     """Write last: no command overwrites before it knows that its own result is good."""
     call(build_teacher, "--ckpt", numbered.run, "--out", tmp_path / "t")
     refused(build_teacher, "--ckpt", numbered.run, "--out", tmp_path / "t", says=["teacher.pt"])
@@ -1081,14 +1081,14 @@ def test_a_damaged_cache_of_inception_names_the_file_to_delete(
     shutil.rmtree(tmp_path / "new")
     asked = []
 
-    def download(url, path):
-        asked.append(url)
+    def download(url, path, hash_prefix=None, **more):
+        asked.append((url, hash_prefix))
         with open(path, "wb") as file:
             file.write(b"what came instead")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     refused(fid, good, says=[cached, "delete"])  # nor is what comes believed
-    assert asked == [fid.WEIGHTS]
+    assert asked == [(fid.WEIGHTS, "6726825d")]
 
 
 def test_no_way_to_the_weights_is_one_line(monkeypatch, refused, tmp_path):
