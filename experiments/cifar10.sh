@@ -73,7 +73,7 @@ together() { # the rows on stdin, JOBS at a time; one that fails does not stop t
     local line
     while read -r line; do
         [[ $line =~ ${ONLY:-.} ]] || continue
-        [ "$(jobs -rp | wc -l)" -lt "$JOBS" ] || wait -n || true
+        while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || true; done
         row "$line" &
     done
     wait
@@ -104,7 +104,7 @@ stage_1() { # of small networks, P and N, and of the student's own size, Ti; and
         echo "N-seed$seed: train train_stage1.py $STEPS --model SiT-N/2 && teachers $half $STEPS"
         echo "Ti-seed$seed: train train_stage1.py $STEPS && teachers $STEPS && measure $half $STEPS"
     done
-    echo "P-seed2: train train_stage1.py $STEPS --model SiT-P/2 && teachers $STEPS"
+    echo "P-seed3: train train_stage1.py $STEPS --model SiT-P/2 && teachers $STEPS"
     echo "repa-features: [ -e $DATA/cnn.json ] ||" \
         "python experiments/baselines/repa_features.py --data $DATA --model SiT-Ti/2"
 }
@@ -127,9 +127,9 @@ students() { # the rows that the README leans on; W is six times the cost, at ha
 }
 
 one_seed() { # what these depend on
-    local n=N-seed2/teacher-$STEPS p=P-seed2/teacher-$STEPS short=N-seed2/teacher-$half
-    echo "W-relN-seed1: student $half $n $released $LARGER && measure $quarter $half"
-    echo "W-descP-seed1: student $half $p $described $LARGER && measure $quarter $half"
+    local n=N-seed2/teacher-$STEPS short=N-seed2/teacher-$half
+    echo "W-relN-seed2: student $half N-seed3/teacher-$STEPS $released $LARGER && measure $half"
+    echo "W-descP-seed2: student $half P-seed3/teacher-$STEPS $described $LARGER && measure $half"
     echo "descN-short-seed1: student $STEPS $short $described && $measured"
     echo "descN-s3-seed1: student $STEPS $n $described --guide-scale 3 && $measured"
     echo "descN-s30-seed1: student $STEPS $n $described --guide-scale 30 && $measured"

@@ -61,7 +61,7 @@ baseline() {
     samples $D/vanilla vanilla
 }
 
-echo "The demo takes seven to ten minutes on two free cores."
+echo "The demo takes four to nine minutes on two free cores."
 part "Draw 10,000 pictures of eight figures: 10 seconds"
 unless data/shapes-images/arrow/09999.png python experiments/shapes.py data/shapes-images
 part "Train a small VAE and encode the pictures: a minute"

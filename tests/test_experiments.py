@@ -677,8 +677,8 @@ def test_the_experiments_rows(project):
         assert f"N-seed{other}/teacher-6000/teacher.pt" in call and "--steps 3000" in call
         for step in (3000, 4500, 6000):
             assert any(f"W-vanilla-seed{seed}/samples-{step}" in call for call in calls)
-    assert any("P-seed2/teacher-6000" in c and "W-descP-seed1" in c for c in larger)
-    assert any("--guide-weight 0.15" in c and "W-relN-seed1" in c for c in larger)
+    assert any("P-seed3/teacher-6000" in c and "W-descP-seed2" in c for c in larger)
+    assert any("--guide-weight 0.15" in c and "W-relN-seed2" in c for c in larger)
     assert said.count("failed: see") == 3  # the rows of SRA
     assert "report.py" in calls[-1]
     scripts = {word for call in calls for word in call.split()[:1]}
