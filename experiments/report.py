@@ -190,14 +190,14 @@ def worths(found: dict) -> list[str]:
 
 
 def draw_row(axis, steps: dict, metric: str, label: str, colour: str):
-    """The mean over seeds as a line, the least and the greatest as a band."""
+    """The mean over seeds as a line, the least and the greatest as bars."""
     _, scale = METRICS[metric]
     x = [statistics.mean(values(seeds, "compute")) / 1000 for seeds in steps.values()]
     y = [[scale * value for value in values(seeds, metric)] for seeds in steps.values()]
-    low, high = [min(part) for part in y], [max(part) for part in y]
-    axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
     means = [statistics.mean(part) for part in y]
-    axis.plot(x, means, color=colour, label=label, marker="o", markersize=3)
+    bars = [[abs(end(part) - statistics.mean(part)) for part in y] for end in (min, max)]
+    style = {"color": colour, "label": label, "marker": "o", "markersize": 3, "capsize": 2}
+    axis.errorbar(x, means, bars, **style)
 
 
 def draw(found: dict, rows: list[str], real: list[float] | None):
