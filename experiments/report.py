@@ -195,7 +195,7 @@ def draw_row(axis, steps: dict, metric: str, label: str, colour: str):
     x = [statistics.mean(values(seeds, "compute")) / 1000 for seeds in steps.values()]
     y = [[scale * value for value in values(seeds, metric)] for seeds in steps.values()]
     means = [statistics.mean(part) for part in y]
-    bars = [[abs(end(part) - statistics.mean(part)) for part in y] for end in (min, max)]
+    bars = [[abs(end(p) - m) for p, m in zip(y, means, strict=True)] for end in (min, max)]
     style = {"color": colour, "label": label, "marker": "o", "markersize": 3, "capsize": 2}
     axis.errorbar(x, means, bars, **style)
 

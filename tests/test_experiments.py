@@ -547,6 +547,15 @@ def test_the_larger_student_in_the_report(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "figure.png").exists()  # no row of the small student
 
 
+def test_the_bars_of_a_figure_reach_the_least_and_the_greatest():
+    """Of a single point, too, which has no line."""
+    seeds = {i: {"compute": 3000, "agreement": share} for i, share in enumerate((0.2, 0.5, 0.3))}
+    axis = report.new_figure(4, 4).subplots()
+    report.draw_row(axis, {3000: seeds}, "agreement", "a row", "tab:red")
+    ((bar,),) = (part.get_segments() for part in axis.containers[0][2])
+    assert bar == pytest.approx(np.array([[3.0, 20.0], [3.0, 50.0]]))
+
+
 def test_a_report_of_bad_files(tmp_path, runs):
     flags = ["--runs", tmp_path / "r", "--figure", tmp_path / "f.png"]
     refused(report, *flags, says=["cifar10.sh"], out=flags[-1])
