@@ -136,13 +136,13 @@ one_seed() { # what these depend on
     echo "descN-ends-half-seed1: student $STEPS $n $described --guide-steps $half && $measured"
 }
 
-baselines() { # other methods on the same loop; three seeds where the distance came within a tenth
+baselines() { # other methods on the same loop
     local b=experiments/baselines seed
     for seed in 1 2 3; do
         echo "sra-seed$seed: train $b/sra.py $STEPS && $measured"
         echo "repa-seed$seed: train $b/repa.py $STEPS --features $DATA/cnn.npy && $measured"
+        echo "internal_guidance-seed$seed: train $b/internal_guidance.py $STEPS && $measured"
     done
-    echo "internal_guidance-seed1: train $b/internal_guidance.py $STEPS && $measured"
 }
 
 together < <(stage_1)
