@@ -71,7 +71,7 @@ def round_trips(folder) -> torch.Tensor:
     vae = find_vae(None, folder.meta)
     decoded = []
     for first in progress("round trips: thousand", range(0, len(folder), 1000)):
-        mean = torch.from_numpy(folder.moments[first : first + 1000]).float().chunk(2, dim=1)[0]
+        mean = torch.tensor(folder.moments[first : first + 1000]).float().chunk(2, dim=1)[0]
         decoded.append(torch.from_numpy(decode(vae, vae.scale * mean)))
     return torch.cat(decoded)
 

@@ -1,6 +1,7 @@
 """The scripts in experiments/: converters, what a bad input gets, the report, the shell scripts."""
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -34,7 +35,7 @@ from experiments import (
 )
 from experiments.baselines import repa_features
 from models import UserError, load_checkpoint
-from vae_latents import AutoencoderKL, load_vae
+from vae_latents import AutoencoderKL, LatentFolder, load_vae
 
 TABLE = "y_embedder.embedding_table.weight"
 
@@ -422,6 +423,61 @@ def test_features_of_a_patch_that_does_not_tile(pictures):
     refused(
         repa_features, "--data", pictures, "--model", "SiT-Ti/8", says=["--model SiT-Ti/8", "12"]
     )
+
+
+def test_a_judge_of_photographs(latents, tmp_path, recwarn):
+    judge = tmp_path / "judge.pt"
+    flags = ["--augment", "--round-trips", "--steps", 2, "--width", 4, "--out", judge]
+    call(classifier, "train", latents, *flags)
+    assert not recwarn.list
+    cnn, saved = classifier.load(judge)
+    folder = LatentFolder(latents)
+    vae = load_vae(folder.meta["vae"]["path"])
+    mean = torch.tensor(folder.moments[:, :4]).float()
+    with torch.no_grad():
+        pixels = torch.cat([vae.decode(one[None]) for one in mean]).permute(0, 2, 3, 1)
+    by_hand = (127.5 * (pixels.clamp(-1, 1) + 1)).round()
+    decoded = classifier.round_trips(folder)
+    assert (decoded - by_hand).abs().max() <= 1  # one at a time, it rounds otherwise
+    held = torch.tensor([i % 10 == i // 10 % 10 for i in range(len(folder))])
+    found = classifier.measure(cnn, saved, decoded[held], folder.labels[held])
+    assert saved["round_trips"] == [found["FD-CNN"], found["agreement"]]
+
+
+def test_augmented_images_are_mirrored_and_rolled():
+    torch.manual_seed(0)
+    images, seen = torch.randint(256, (20, 16, 16, 3), dtype=torch.uint8), set()
+    for _ in range(50):
+        batch = classifier.augmented(images)
+        for number, image in enumerate(batch):
+            for mirror, down, right in itertools.product((0, 1), range(-3, 4), range(-3, 4)):
+                source = np.fliplr(images[number]) if mirror else images[number].numpy()
+                if np.array_equal(np.roll(source, (down, right), axis=(0, 1)), image):
+                    seen.add((mirror, down, right))
+                    break
+            else:
+                raise AssertionError(f"image {number} is no rolled image or mirror of it")
+    assert {mirror for mirror, _, _ in seen} == {0, 1}
+    assert {down for _, down, _ in seen} == {right for *_, right in seen} == {*range(-3, 4)}
+
+
+def test_a_round_trip_has_its_image_s_label():
+    labels = torch.tensor([0, 1, 2, 2, 1, 0, 1])
+
+    class Sees(torch.nn.Module):
+        """Knows the class by the pixels; `trust` in it rises if the labels say the same."""
+
+        def __init__(self):
+            super().__init__()
+            self.trust = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, images):
+            return None, self.trust * torch.nn.functional.one_hot(images[:, 0, 0, 0].long(), 3)
+
+    images = labels.byte().view(-1, 1, 1, 1).expand(-1, 8, 8, 3)
+    cnn = Sees()
+    classifier.fit(cnn, torch.cat([images, images]), labels, torch.arange(7, 14), steps=50)
+    assert cnn.trust > 0.05  # 50 steps of up to 0.003
 
 
 def write_samples(path, images=4, side=32, labels=(0, 1, 2, 0), dtype=np.uint8, **more):
