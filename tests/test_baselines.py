@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TRAIN, call, tiny, write_folder
+from conftest import TRAIN, build, call, tiny, write_folder
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -268,6 +268,16 @@ def test_report(folder, tmp_path, capsys):
     stage_1 = report.compute(runs / "Ti-seed2", 2, "SiT-Ti/2")
     assert stage_1 == pytest.approx(teacher / vanilla_step, rel=0.01)
     assert report.compute(runs / "vanilla-seed1", 2, "SiT-Ti/2") == pytest.approx(2)
+    wanted = counted(sra, "rival", "--steps", 2) / vanilla_step
+    assert report.compute(runs / "rival", 2, "SiT-Ti/2") == pytest.approx(wanted, 0.02)
+    shutil.rmtree(runs / "rival")
+    np.save(tmp_path / "cnn.npy", np.zeros((N, 64, 24), np.float16))
+    step = 3 * 8 * build("SiT-Ti/2", 16, 4, 10).forward_flops()  # torch leaves attention out
+    encoder = {"flops_training": 5 * step, "flops_encoding": 2 * step}
+    (tmp_path / "cnn.json").write_text(json.dumps(encoder))
+    rival = counted(repa, "rival", "--features", tmp_path / "cnn.npy", "--steps", 2)
+    wanted = rival / vanilla_step + 7  # the encoder's training and run
+    assert report.compute(runs / "rival", 2, "SiT-Ti/2") == pytest.approx(wanted, 0.02)
 
     shutil.copytree(runs / "descTi-seed1", runs / "descTi-seed2")
     judged = {
