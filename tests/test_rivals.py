@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TRAIN, call, tiny, write_folder
+from conftest import ROOT, TRAIN, call, ok, tiny, write_folder
 from test_baselines import B, close, filled, in_double, one, settings
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -333,3 +333,58 @@ def test_user_errors(flags, message, runs, judge, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=message):
         call(guide_by, runs / "stage2", *base, *flags)
     assert (tmp_path / "broken.jsonl").read_text() == '{"ckpt": "a"'
+
+
+# ---- The network of docs/results.md
+
+
+@pytest.fixture
+def guess(tmp_path):
+    """The file that docs/results.md shows."""
+    code = (ROOT / "docs/results.md").read_text().split("```python\n")[1].split("```")[0]
+    (tmp_path / "guess.py").write_text(code)
+    return tmp_path / "guess.py"
+
+
+def test_a_network_of_one_s_own_trains_and_samples(guess, latents, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "samples"
+    train = ["train", *TRAIN, "--align-weight", "0", "--data", latents, "--steps", 4, "--out", run]
+    draw = ["sample", "--ckpt", run, "--num-images", 8, "--mode", "euler", "--steps", 2]
+    for flags in (train, [*draw, "--device", "cpu", "--out", out]):
+        ok(guess, *flags, env={"PYTHONPATH": str(ROOT)})
+    assert np.load(out / "samples.npz")["arr_0"].shape == (8, 32, 32, 3)
+    learned = models.load_file(run / "ckpt-0000004.pt")["ema"]["reroute.weight"]
+    assert learned.shape == (128, 128) and learned.norm() > 0
+    with pytest.raises(UserError, match="reroute.weight"):  # and none takes it for a plain one
+        models.load_checkpoint(run)
+
+
+@torch.no_grad()
+def test_what_follows_the_middle_is_told_of_it(guess):
+    """Against hooks on a plain network."""
+    names = {}
+    exec(guess.read_text().split("models.SiT =")[0], names)
+    plain = filled(1)
+    size = models.parse_name("SiT-Ti/8")[0]
+    own = names["SelfConditioned"](*size[:3], 8, 16, 4, plain.num_classes, True).double()
+    own.load_state_dict({**own.state_dict(), **plain.state_dict()})
+    x, y = torch.randn(3, 4, 16, 16).double(), torch.tensor([0, 1, 2])
+    t = torch.tensor([0.1, 0.5, 0.9]).double()
+    assert torch.equal(own(x, t, y)[0], plain(x, t, y)[0])  # at first it is the plain network
+
+    own.reroute.weight.data.normal_()
+    seen = {}
+
+    def read(block, inputs, tokens):
+        mean = tokens.mean(dim=1)
+        centred = mean - mean.mean(dim=1, keepdim=True)
+        normal = centred / (centred.square().mean(dim=1, keepdim=True) + 1e-5).sqrt()
+        seen["more"] = normal @ own.reroute.weight.T
+
+    def tell(block, inputs):
+        return inputs[0], inputs[1] + seen["more"]
+
+    plain.blocks[3].register_forward_hook(read)
+    for part in (*plain.blocks[4:], plain.final_layer):
+        part.register_forward_pre_hook(tell)
+    assert torch.allclose(own(x, t, y)[0], plain(x, t, y)[0], rtol=1e-9)
