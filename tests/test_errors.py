@@ -171,8 +171,9 @@ def test_unwritable_or_bad_vae(refused, tmp_path, vae):
     for name, says in texts.items():
         refused(*flags, "--vae", tmp_path / name, "--out", tmp_path / "o", says=[name, says])
     refused(*flags, "--vae", tmp_path, "--out", tmp_path / "o", says=["convert_vae.py"])
+    whole = torch.load(tmp_path / "vae.pt", weights_only=True)
     for scale in (0, -1.0, float("nan"), float("inf"), "large", None, [1.0]):
-        torch.save({**torch.load(tmp_path / "vae.pt"), "scale": scale}, tmp_path / "scale.pt")
+        torch.save({**whole, "scale": scale}, tmp_path / "scale.pt")
         scaled = ["--vae", tmp_path / "scale.pt", "--out", tmp_path / "o"]
         refused(*flags, *scaled, says=["scale.pt", "scale"])
     torch.save({"model": {"a": torch.zeros(1)}, "scale": 1.0}, tmp_path / "no.pt")
