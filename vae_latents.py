@@ -240,7 +240,7 @@ class Images(Dataset):
 
     def __init__(self, root, size):
         self.size = size
-        inside = sorted(os.listdir(root)) if os.path.isdir(root) else []
+        inside = sorted(os.listdir(root))
         folders = [name for name in inside if os.path.isdir(os.path.join(root, name))]
         self.classes = [name for name in folders if not name.startswith(".")]
         seen, left_out = {os.path.realpath(root)}, []
