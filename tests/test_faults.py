@@ -268,10 +268,12 @@ def test_a_second_signal_leaves_at_once(name, data, tmp_path):
     extra = ["--batch-size", 384, "--accum", 64, "--model", "SiT-S/2"]
     process = start(1, data, tmp_path / "out", steps=100000, extra=extra)
     wait_for(process.stdout, "steps 0")
-    while process.poll() is None:  # two within a second count as one, for torchrun doubles each
+    pause = 3  # two within a second count as one, for torchrun doubles each
+    while process.poll() is None:
         process.send_signal(getattr(signal, name))
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=3)  # a third would find Python at its end, and kill it
+            process.wait(timeout=pause)
+        pause = 60  # a third that comes soon would find Python at its end, and kill it
     assert process.returncode == SECOND[name] and process.stderr.read() == ""
     assert not models.checkpoints(tmp_path / "out")
 
