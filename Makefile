@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: demo test lint experiment clean
+.PHONY: demo test quick lint trajectory experiment clean
 
 .venv: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -15,7 +15,7 @@ PY = .venv/bin/python
 	touch .venv/dev
 
 demo: .venv .venv/dev
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash experiments/demo.sh
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash experiments/demo/demo.sh
 
 lint: .venv .venv/dev
 	.venv/bin/ruff format --check .
@@ -30,7 +30,10 @@ test: .venv .venv/dev
 	wait $$others || status=1; cat .others.log; exit $$status
 
 experiment: .venv .venv/dev
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash experiments/cifar10.sh
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash experiments/cifar10/cifar10.sh
 
 clean:
 	rm -rf out data
+
+trajectory: .venv .venv/dev
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash experiments/machine/trajectory.sh $(BASE)

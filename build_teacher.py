@@ -5,7 +5,7 @@
     f_c = h_dt(x_t, t, label)    f_u = h_dt(x_t, t, null label)    f_g = f_u + s (f_c - f_u)
 
 Self-Transcendence (arXiv 2601.07773): f_g is structurally clean, as stage 1 made it, and says
-the class, as s makes it. To choose dt and s: python experiments/probe.py out/stage1
+the class, as s makes it. To choose dt and s: python -m experiments.checkpoints.probe out/stage1
 """
 
 from dataclasses import dataclass
@@ -13,31 +13,29 @@ from pathlib import Path
 
 import torch
 
+import common
 import models
-from models import SiT, UserError, say, setting
-
-
-def extrapolate(f_cond, f_uncond, s):
-    """f_g = f_u + s (f_c - f_u): classifier-free guidance, of features."""
-    return f_uncond + s * (f_cond - f_uncond)
+from common import UserError, say, setting
+from models import SiT
 
 
 @torch.no_grad()
 def guided_features(teacher: SiT, x_t, t, y, s) -> torch.Tensor:
-    """f_g (N, T, D) float32, for x_t (N, C, H, W), t (N,) and true labels y (N,). s multiplies
-    rounding: at s = 30 f_g is off by 0.3 to 0.5 % in float16, by 2.6 to 3.8 % in bfloat16."""
-    null = torch.full_like(y, teacher.num_classes)
+    """f_g (N, T, D) float32, for x_t (N, C, H, W), t (N,) and true labels y (N,): classifier-free
+    guidance, of features. s multiplies rounding errors: at s = 30, f_g is off by 0.3 to 0.5 %
+    in float16, by 2.6 to 3.8 % in bfloat16."""
+    null_label = torch.full_like(y, teacher.num_classes)
+    x_twice, t_twice = torch.cat([x_t, x_t]), torch.cat([t, t])
     with torch.autocast(x_t.device.type, torch.float16, enabled=x_t.is_cuda):
-        both = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null])
-        _, tokens = teacher(*both, taps=[teacher.depth])
+        _, tokens = teacher(x_twice, t_twice, torch.cat([y, null_label]), taps=[teacher.depth])
     f_cond, f_uncond = tokens[teacher.depth].float().chunk(2)
-    return extrapolate(f_cond, f_uncond, s)
+    return f_uncond + s * (f_cond - f_uncond)
 
 
 def load_teacher(path) -> tuple[SiT, dict]:
     """(The cut and frozen network, the file) of a teacher.pt; UserError for anything else."""
-    with models.reading(path, "no teacher of this version; make it with build_teacher.py"):
-        saved = models.load_file(path, models.FORMAT)
+    with common.reading(path, "is no teacher; make one with build_teacher.py"):
+        saved = common.load_file(path, models.FORMAT)
         teacher = models.build_for(saved["args"], saved["meta"]).cut(saved["depth"])
         teacher.load_state_dict(saved["teacher"])
     return teacher.eval().requires_grad_(False), saved
@@ -49,27 +47,27 @@ class Settings:
     out: str = "out/teacher"  # folder for teacher.pt
     teacher_depth: int | None = None  # block dt (default: by size)
     guide_scale: float = setting(30.0, at_least=1)  # s; at 1 f_g is f_c
-    student: str | None = None  # size whose steps the cost is given in (default: its own)
+    student: str | None = None  # the cost is printed in steps of this network (default: its own)
 
 
 def main():
-    args = models.parse_settings(Settings, __doc__)
+    args = common.parse_settings(Settings, __doc__)
     out = Path(args.out) / "teacher.pt"
     if out.exists():
-        raise UserError(f"{out}: is there; remove it, or give another --out")
+        raise UserError(f"{out}: exists already; remove it, or choose another --out")
     model, saved = models.load_checkpoint(args.ckpt, "model", null_label_for="f_u")
     name, step = saved["args"]["model"], saved["step"]  # "model": the raw weights, as the paper
     depth = args.teacher_depth or models.parse_name(name)[0].teacher_depth
     if depth > model.depth:
         raise UserError(f"--teacher-depth {depth}: {name} has blocks 1 to {model.depth}")
     student = {**saved["args"], "model": args.student or name}
-    share = model.forward_flops() / models.build_for(student, saved["meta"]).forward_flops()
-    guided = 2 / 3 * share * depth / model.depth  # f_c and f_u, where a step is three passes
-    costs = f"training {share * step:.0f} without P1, a guided step {0.3 * guided:.3f} more"
-    say(f"in steps of {student['model']}: {costs} if 0.4 <= t <= 0.7, {guided:.3f} at all t")
+    ratio = model.forward_flops() / models.build_for(student, saved["meta"]).forward_flops()
+    more = 2 / 3 * ratio * depth / model.depth  # f_c and f_u; a training step is three passes
+    say(f"cost: training it took as much as {ratio * step:.0f} steps of {student['model']} (P1 not")
+    say(f"counted); it makes a guided step {0.3 * more:.1%} dearer (all t: {more:.1%})")
     content = {key: saved[key] for key in ("format", "args", "meta", "step")}
     content.update(depth=depth, scale=args.guide_scale, teacher=model.cut(depth).state_dict())
-    with models.atomic_write(out) as file:
+    with common.atomic_write(out) as file:
         torch.save(content, file)
     weight = saved["args"].get("align_weight", "unknown")  # of 0: the features are not aligned
     run = f"{name}, step {step}, --align-weight {weight}"
@@ -77,4 +75,4 @@ def main():
 
 
 if __name__ == "__main__":
-    models.run(main)
+    common.run(main)

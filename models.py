@@ -1,38 +1,24 @@
 """SiT: a diffusion transformer with adaLN-Zero blocks that predicts a velocity. Start here.
 
-After DiT (Peebles & Xie 2023, arXiv 2212.09748) and SiT (Ma et al. 2024, arXiv 2401.08740);
-names of tensors as in REPA (Yu et al. 2025, arXiv 2410.06940). At first read to "What every
-script shares".
+After DiT (Peebles & Xie 2023, arXiv 2212.09748) and SiT (Ma et al. 2024, arXiv 2401.08740). The
+modules have REPA's names (Yu et al. 2025, arXiv 2410.06940), so that its checkpoints load.
 """
 
-import argparse
-import contextlib
-import fcntl
-import inspect
 import math
-import os
-import re
-import sys
-import time
-import traceback
-import zipfile
 from collections import OrderedDict, namedtuple
-from dataclasses import field, fields
-from operator import ge, gt, le, lt
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-FORMAT = 2  # of checkpoints and of teacher.pt
+from common import UserError, load_file, reading
 
 # Depth in blocks, width D, heads (DiT, table 1). Then three blocks, counted from 1: d1, which
 # stage 1 aligns; dt, whose tokens teach; ds, which learns them in stage 2. B's three and XL's
 # d1 are the authors', the others ours, by analogy. A size of your own is one more line.
 Size = namedtuple("Size", "depth width heads align_depth teacher_depth student_depth")
-SIZES = {
+SIZES = {  # depth, width, heads, d1, dt, ds
     "P": Size(4, 48, 2, 1, 3, 2),  # P, N: small teachers
     "N": Size(6, 64, 2, 1, 4, 3),
     "Ti": Size(8, 128, 4, 2, 5, 4),  # Ti, W: students for CPUs
@@ -44,11 +30,29 @@ SIZES = {
 }
 
 
+# ---- Time: q is uniform in [0, 1], stratified over a batch, and t = t_of(q). For another
+# distribution of t, assign two functions of your own: models.t_of = ..., models.q_of = ...
+
+
+def t_of(q: torch.Tensor) -> torch.Tensor:
+    """The times t (N,), 0 = data, 1 = noise, of q (N,): t is uniform, as in the paper."""
+    return q
+
+
+def q_of(t: float) -> float:
+    """The inverse of t_of: the share of all images whose time is at most t."""
+    return t
+
+
+# ---- The network
+
+
 def parse_name(name: str) -> tuple[Size, int]:
     """The Size and the patch side that a name such as "SiT-B/2" stands for."""
     size, _, patch = name.removeprefix("SiT-").partition("/")
     if size not in SIZES or patch not in ("1", "2", "4", "8"):
-        raise UserError(f"--model {name}: unlike SiT-XL/2: {[*SIZES]}, then 1, 2, 4, 8")
+        known = f"SIZE is one of {', '.join(SIZES)}, PATCH is 1, 2, 4 or 8"
+        raise UserError(f"--model {name}: must be SiT-SIZE/PATCH, such as SiT-XL/2; {known}")
     return SIZES[size], int(patch)
 
 
@@ -87,7 +91,7 @@ class Attention(nn.Module):
         N, T, D = x.shape
         qkv = self.qkv(x).view(N, T, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, D / heads)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # norms are in float32
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast: in float32
         out = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(D / heads)) v
         return self.proj(out.transpose(1, 2).reshape(N, T, D))
 
@@ -149,8 +153,9 @@ def xavier_linear(module):
 class SiT(nn.Module):
     """Velocity network v_theta(x_t, t, y). `build_for` makes one by name."""
 
-    def __init__(self, depth, width, heads, patch, input_size, in_channels, num_classes, qk_norm):
+    def __init__(self, size: Size, patch, input_size, in_channels, num_classes, qk_norm):
         super().__init__()
+        depth, width, heads = size.depth, size.width, size.heads
         self.depth, self.width, self.patch = depth, width, patch
         self.input_size, self.in_channels = input_size, in_channels
         self.num_classes = num_classes
@@ -170,8 +175,8 @@ class SiT(nn.Module):
         nn.init.zeros_(self.x_embedder["proj"].bias)
         # Label and time embeddings: N(0, 0.02)
         mlp = self.t_embedder.mlp
-        for embedding in (self.y_embedder["embedding_table"], mlp[0], mlp[2]):
-            nn.init.normal_(embedding.weight, std=0.02)
+        for layer in (self.y_embedder["embedding_table"], mlp[0], mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
         # adaLN-Zero: every block starts as the identity, the whole network as zero
         modulations = [block.adaLN_modulation[1] for block in (*self.blocks, self.final_layer)]
         for layer in (*modulations, self.final_layer.linear):
@@ -181,6 +186,14 @@ class SiT(nn.Module):
     def forward(self, x, t, y, taps=()):
         """Velocity (N, C, H, W), or None if it was `cut`, and {d: tokens (N, T, D) after block
         d} for d in `taps`. x (N, C, H, W), t (N,) in [0, 1], 0 = data, y (N,) int64."""
+        image = self.in_channels, self.input_size, self.input_size
+        if x.shape[1:] != image:
+            raise UserError(f"x has shape {tuple(x.shape)}; it must have (N, *{image})")
+        if t.shape != x.shape[:1] or y.shape != x.shape[:1]:
+            shapes = f"t has shape {tuple(t.shape)} and y {tuple(y.shape)}"
+            raise UserError(f"{shapes}; both must have ({len(x)},)")
+        if not set(taps) <= set(range(1, self.depth + 1)):
+            raise UserError(f"taps are {[*taps]}; they must be of blocks 1 to {self.depth}")
         h = self.x_embedder["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed  # (N, T, D)
         c = self.t_embedder(t) + self.y_embedder["embedding_table"](y)  # (N, D)
         tapped = {}
@@ -202,27 +215,13 @@ class SiT(nn.Module):
         T, D = (self.input_size // self.patch) ** 2, self.width
         block = 24 * T * D * D + 4 * T * T * D + 12 * D * D  # qkv, proj, MLP; attention; adaLN
         patches = 4 * T * D * self.patch**2 * self.in_channels  # the first layer and the last
-        return self.depth * block + patches + 2 * (256 * D + D * D) + 4 * D * D
+        conditions = 2 * (256 * D + D * D) + 4 * D * D  # time embedding; the last layer's adaLN
+        return self.depth * block + patches + conditions
 
 
-class Projector(nn.Module):
-    """An auxiliary loss's MLP, D -> hidden -> hidden -> out, on tokens (N, T, D). With
-    `to_latent` = (patch, channels) it answers in latent space, (N, C, H, W): stage 1's P1."""
+# ---- Building a network and loading one
 
-    def __init__(self, width, out=None, hidden=2048, to_latent=None):
-        super().__init__()
-        layers = [nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU()]
-        layers.append(nn.Linear(hidden, out or width))
-        if to_latent:
-            patch, channels = to_latent
-            layers.append(nn.LayerNorm(width, elementwise_affine=False, eps=1e-6))
-            layers.append(nn.Linear(width, patch**2 * channels))
-        self.mlp, self.to_latent = nn.Sequential(*layers), to_latent
-        self.apply(xavier_linear)
-
-    def forward(self, tokens):
-        out = self.mlp(tokens)
-        return unpatchify(out, *self.to_latent) if self.to_latent else out
+FORMAT = 2  # of checkpoints and of teacher.pt
 
 
 def build_for(args: dict, meta: dict) -> SiT:
@@ -231,244 +230,41 @@ def build_for(args: dict, meta: dict) -> SiT:
     size, patch = parse_name(args["model"])
     side, channels, classes = meta["height"], meta["channels"], len(meta["classes"])
     if side % patch:
-        raise UserError(f"--model {args['model']}: its patch must divide the latents' {side}")
-    return SiT(*size[:3], patch, side, channels, classes, args["qk_norm"])
+        raise UserError(f"--model {args['model']}: patches of {patch} do not tile {side} x {side}")
+    return SiT(size, patch, side, channels, classes, args["qk_norm"])
 
 
 def checkpoints(folder) -> list[Path]:
     """The run's own ckpt-<step>.pt, newest first; files of any other name are the user's."""
-    files = Path(folder).glob("ckpt-???????*.pt")  # seven digits or more
-    own = [file for file in files if file.stem[5:].isdecimal()]
-    return sorted(own, key=lambda file: int(file.stem[5:]), reverse=True)
+    paths = Path(folder).glob("ckpt-???????*.pt")  # seven digits or more
+    own = [path for path in paths if path.stem[5:].isdecimal()]
+    return sorted(own, key=lambda path: int(path.stem[5:]), reverse=True)
 
 
-def load_checkpoint(path, weights="ema", null_label_for="") -> tuple[SiT, dict]:
-    """(The SiT in eval mode on the CPU, the checkpoint) of a file, or of a run's newest one.
-    UserError if the average, or the null label `null_label_for` some flag, is not trained."""
-    if Path(path).is_dir():
-        path = next(iter(checkpoints(path)), Path(path) / "ckpt-*.pt")
-    with reading(path, CONVERT.format(path)):
+def read_checkpoint(path) -> dict:
+    """What a checkpoint file holds; UserError for a file that is not one of this project's."""
+    convert = (
+        f"another project's: python -m experiments.checkpoints.convert_sit {path} OUT --vae FILE"
+    )
+    with reading(path, f"is no checkpoint of train_stage1.py or train_stage2.py; {convert}"):
         saved = load_file(path, FORMAT)
-    with reading(path, f"holds no {weights} network; try --weights model or ema"):
-        model, args = build_for(saved["args"], saved["meta"]), saved["args"]
-        model.load_state_dict(saved[weights])
-        untrained = 0.0 if args["ema_ramp"] else args["ema"] ** saved["step"]
-    if weights == "ema" and untrained > 0.1:
-        raise UserError(f"{path}: its average is {untrained:.0%} untrained: --weights model")
-    if null_label_for and args["label_drop"] == 0:
-        raise UserError(f"{path}: --label-drop 0: {null_label_for} needs a trained null label")
-    return model.eval(), saved
-
-
-# ---- What every script shares. Settings: a dataclass, a field a flag, the comment its help
-
-RULES = {"at_least": ge, "above": gt, "below": lt, "at_most": le}  # for a number
-
-
-def setting(default, help=None, **rules):
-    """A setting with `rules`: those above, choices, positional."""
-    return field(default=default, metadata={"help": help, **rules})
-
-
-def parse_settings(Settings: type, doc: str):
-    """The command line as an object of the dataclass `Settings`; UserError for a bad value."""
-    source = "".join(map(inspect.getsource, reversed(Settings.__mro__[:-1])))
-    comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", source, re.MULTILINE))
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=style, allow_abbrev=False)
-    parser.error = refuse
-    for f in fields(Settings):
-        help = f.metadata.get("help") or comments.get(f.name, "")
-        help += "" if f.default in (None, "") else f" (default: {f.default})"
-        kind = getattr(f.type, "__args__", (f.type,))[0]  # `int | None` is an int
-        options = {"type": kind, "choices": f.metadata.get("choices")}
-        if kind is bool:
-            options = {"action": argparse.BooleanOptionalAction}
-        name = flag(f.name)
-        if "positional" in f.metadata:
-            name, options["nargs"] = f.name, "?" if f.default is None else None
-        parser.add_argument(name, default=f.default, help=help.replace("%", "%%"), **options)
-    settings = Settings(**vars(parser.parse_args()))
-    for f in fields(Settings):
-        value = getattr(settings, f.name)
-        rules = {"at_least": 1, **f.metadata} if type(value) is int else f.metadata  # counts
-        if value == "" != f.default:
-            refuse(f"{flag(f.name)}: must not be empty")
-        if isinstance(value, float) and not math.isfinite(value):
-            refuse(f"{flag(f.name)} {value}: must be a finite number")
-        for rule, limit in rules.items():
-            if rule in RULES and value is not None and not RULES[rule](value, limit):
-                refuse(f"{flag(f.name)} {value}: must be {rule.replace('_', ' ')} {limit}")
-    return settings
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def refuse(message):
-    raise UserError(f"{message} (--help lists the flags)")
-
-
-# ---- Errors and files
-
-
-class UserError(Exception):
-    """A user's mistake. `run` prints it as one line on stderr and exits with status 2."""
-
-
-def run(main):
-    """Call main(). A UserError or OSError is one line and status 2, Ctrl-C status 130."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # closed, as daemons do it
-        stream.reconfigure(errors="backslashreplace")  # what the terminal cannot show
-        setattr(sys, name, stream)
-    status = 0
-    try:
-        main()
-    except SystemExit as stop:  # of --help, or an end that all processes agreed on
-        status = stop.code
-    except KeyboardInterrupt:
-        status = 130
-    except (UserError, OSError) as error:
-        status = 2
-        if not IS_FIRST:
-            time.sleep(3)  # the first speaks for all, and torchrun then ends this one
-        say(f"{Path(sys.argv[0]).name}: error: {error}", sys.stderr, rank_0_alone=False)
-    except Exception:
-        status = 1
-        traceback.print_exc()
-    if dist.is_initialized():
-        if status in (1, 2, 130):
-            os._exit(status)  # at once: its peers may wait for it in a collective
-        dist.destroy_process_group()
-        time.sleep(0.5)  # in which gloo's threads end; Python's own end would abort them
-    sys.exit(status)
-
-
-def say(text, stream=None, rank_0_alone=True):
-    """Print one line, in which nothing of a file's name steers the terminal."""
-    if rank_0_alone and not IS_FIRST:
-        return
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    stream = stream or sys.stdout
-    try:
-        print(line, file=stream, flush=True)
-    except OSError:  # a closed pipe or a full disk is no reason to stop: the stream is given up
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def warn(text):
-    say(f"warning: {text}", sys.stderr)
-
-
-@contextlib.contextmanager
-def reading(path, problem):
-    """Whatever goes wrong while a user's file is read becomes one line that names the file."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        if "Weights only" in reason or "allow_pickle" in reason:  # it advises to load unsafely
-            reason = " ".join(["no plain data", *re.findall(r"GLOBAL ([^ ]+)", str(error))])
-        if Path(path).is_file() and not zipfile.is_zipfile(path):
-            reason += f"; begins with {open(path, 'rb').read(30)!r}"
-        if "b'version https://git-lfs" in reason:
-            problem = "a Git LFS pointer, the file itself was not fetched"
-        raise UserError(f"{path}: {problem} ({reason})") from error
-
-
-CONVERT = "no train_stage*.py checkpoint; else python experiments/convert_sit.py {} OUT --vae FILE"
-
-
-def load_file(path, format=None) -> dict:
-    """torch.load of plain tensors and plain Python, checksums verified; never code.
-    The tensors stay mapped to the file: copy what shall outlive it.
-    Called in a `reading`: a file that is not whole, or not of this `format`, has many errors."""
-    zipped = zipfile.is_zipfile(path)
-    if zipped and (bad := zipfile.ZipFile(path).testzip()):
-        raise ValueError(f"the checksum of {bad} is wrong")
-    saved = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=zipped))
-    if format and saved.get("format") != format:
-        raise ValueError(f"its format is {saved.get('format')}, not {format}")
+        saved["args"], saved["meta"]["identity"], saved["step"]  # a KeyError if one is missing
     return saved
 
 
-@contextlib.contextmanager
-def atomic_write(path):
-    """A binary file, flushed to disk and renamed to `path` at the end: whole, old or absent."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: could not be written; the old one stays ({error})") from error
-
-
-def lock(folder):
-    """Keep other runs out of `folder` while the returned file lives. A dead run holds none;
-    of several processes the first holds it."""
-    if not IS_FIRST:
-        return None
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    file = open(Path(folder) / ".lock", "w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        raise UserError(f"{folder}: another run is at work there; another --out?") from error
-    except OSError as error:
-        warn(f"{folder}: cannot be locked ({error}); start no second run")
-    return file
-
-
-# ---- Processes
-
-TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
-IS_FIRST = os.environ.get("RANK") == "0" or not all(name in os.environ for name in TORCHRUN)
-
-
-def setup(device="auto") -> tuple[torch.device, int, int]:
-    """(device, rank, world size), after joining torchrun's processes if there are any."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    usable = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if device not in usable:
-        raise UserError(f"--device {device}: usable are {usable}")
-    if device != "cpu":
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions do by default
-    found = [f"{name}={os.environ[name]}" for name in TORCHRUN if name in os.environ]
-    if len(found) < len(TORCHRUN):
-        if found:
-            warn(f"{' '.join(found)} without the rest of {TORCHRUN}: one process alone")
-        return torch.device(device), 0, 1
-    with reading(" ".join(found), "cannot join; unset these, unless torchrun set them"):
-        if not dist.is_initialized():  # gloo carries CPU tensors, NCCL CUDA's
-            dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
-    return torch.device(device), dist.get_rank(), dist.get_world_size()
-
-
-def gather(item) -> list:
-    """The `item` of every process, in a list by rank; also a barrier."""
-    items = [item] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if dist.is_initialized():
-        dist.all_gather_object(items, item)
-    return items
-
-
-def agree(**items):
-    """UserError unless every process holds the same `items`: they must train one network."""
-    for other in gather(items):
-        different = [name for name in items if other[name] != items[name]]
-        if different:
-            raise UserError(f"the processes have different {', '.join(different)}")
+def load_checkpoint(path, weights="ema", null_label_for="") -> tuple[SiT, dict]:
+    """(The SiT in eval mode on the CPU, the checkpoint), of a file or of a run's newest one.
+    UserError if the average is hardly trained, or the null label that a flag needs is not."""
+    if Path(path).is_dir():
+        path = next(iter(checkpoints(path)), Path(path) / "ckpt-*.pt")
+    saved = read_checkpoint(path)
+    args = saved["args"]
+    with reading(path, f"holds no {weights} network; try --weights model or ema"):
+        model = build_for(args, saved["meta"])
+        model.load_state_dict(saved[weights])
+        initial = 0.0 if args["ema_ramp"] else args["ema"] ** saved["step"]
+    if weights == "ema" and initial > 0.1:  # the share of the initial weights in the average
+        raise UserError(f"{path}: its average is {initial:.0%} untrained; use --weights model")
+    if null_label_for and args["label_drop"] == 0:
+        raise UserError(f"{path}: {null_label_for} needs a null label; --label-drop 0 trained none")
+    return model.eval(), saved

@@ -1,11 +1,14 @@
-"""Stage 1: train a SiT whose shallow block is aligned with VAE latent space; THE training loop.
+"""Stage 1, and THE training loop, which stage 2 and every baseline run on, too.
 
     torchrun --nproc_per_node=8 train_stage1.py                 # SiT-XL/2, the paper's settings
 
-L = L_diff + 0.5 L_align where 0.4 <= t <= 0.7 (Self-Transcendence, arXiv 2601.07773). Training
-is a function of the step: the order of images comes from (seed, epoch), all that is random in
-step k from (seed, k), drawn for the whole batch and cut into shares. So the same command again
-continues a killed run, on a CPU bit for bit, for any number of processes but for rounding.
+In the order of reading: settings; what is random in a step; the batch; the losses; the loop; its
+state; log and signals; and, last, all that is stage 1's own (Self-Transcendence, arXiv 2601.07773).
+
+Training is a function of the step: (seed, epoch) decides the order of the images, (seed, k) all
+that is random in step k. Both are drawn for the whole batch, of which each process takes its rows.
+So the same command continues a killed run: bit for bit on a CPU, and to rounding with another
+number of processes.
 """
 
 import contextlib
@@ -17,7 +20,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -27,22 +30,24 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import AdamW
 
+import common
 import models
-from models import Projector, UserError, say, setting, warn
+from common import UserError, say, setting, warn
+from models import unpatchify, xavier_linear
 from vae_latents import LatentFolder
 
 
 @dataclass
 class TrainSettings:
     data: str = "data/imagenet256"  # latent folder, from vae_latents.py
-    out: str = "out/stage1"  # folder of the run: checkpoints and log.jsonl
+    out: str = setting("out/stage1", change="free")  # folder of the run: checkpoints and log.jsonl
     model: str = "SiT-XL/2"  # size and patch, as in models.SIZES
-    steps: int = 400_000  # steps in all, continued or not
+    steps: int = setting(400_000, change="free")  # steps in all, continued or not
     batch_size: int = 256  # images in a step, all processes together
-    accum: int = 1  # shares of the batch that each process does in turn
-    lr: float = setting(1e-4, above=0)  # AdamW's rate, constant after the warm-up
+    accum: int = setting(1, change="free")  # shares of the batch that each process does in turn
+    lr: float = setting(1e-4, above=0, change="printed")  # AdamW's rate, constant after the warm-up
     warmup: int = setting(0, at_least=0)  # steps of linear warm-up
-    clip: float = setting(1.0, above=0)  # largest gradient norm
+    clip: float = setting(1.0, above=0, change="printed")  # largest gradient norm
     ema: float = setting(0.9999, at_least=0, below=1)  # decay of the averaged weights
     ema_ramp: bool = False  # decay at most (1 + step) / (10 + step), for short runs
     label_drop: float = setting(0.1, at_least=0, below=1)  # fraction of null labels
@@ -51,24 +56,24 @@ class TrainSettings:
     t_max: float = setting(0.7, at_least=0, at_most=1)  # up to here (as released: 1)
     projector_dim: int = 2048  # hidden width of the projector
     qk_norm: bool = True  # LayerNorm on each head's queries and keys
-    compile: bool | None = None  # torch.compile (default: on CUDA only)
-    device: str = "auto"  # cpu, cuda or cuda:N; auto is cuda where there is one
-    log_every: int = 100  # steps between lines of the log
-    save_every: int = 10_000  # steps between checkpoints
-    keep: int = 3  # newest checkpoints that are kept; the last one continues
+    compile: bool | None = setting(None, change="free")  # torch.compile (default: on CUDA only)
+    device: str = setting(
+        "auto", change="free"
+    )  # cpu, cuda or cuda:N; auto is cuda if there is one
+    log_every: int = setting(100, change="free")  # steps between lines of the log
+    save_every: int = setting(10_000, change="free")  # steps between checkpoints
+    keep: int = setting(
+        3, change="free"
+    )  # newest checkpoints that are kept; the last one continues
 
-
-# What may differ when a run is continued; a change of the second line's is printed
-FREE = set("out steps accum compile device log_every save_every keep teacher guide_scale".split())
-FREE_BUT_SAID = "lr clip align_weight guide_weight"
 
 # ---- What is random in a step, drawn for the whole batch
 
 
 @functools.lru_cache(maxsize=2)
-def permutation(images, seed, epoch) -> np.ndarray:
-    """The order of the images in one epoch, (images,) int64."""
-    return np.random.default_rng((seed, epoch)).permutation(images)
+def order_of_epoch(num_images, seed, epoch) -> np.ndarray:
+    """The order of the images in one epoch, (num_images,) int64."""
+    return np.random.default_rng((seed, epoch)).permutation(num_images)
 
 
 @dataclass
@@ -87,29 +92,31 @@ class Draws:
 
 
 def draw(step, args, folder, device) -> Draws:
-    """The draws of the whole batch, the same on every process. t is stratified: each image gets
-    a uniform t, together they cover [0, 1], and a range of t is a slice of the batch."""
+    """The draws of the whole batch, the same on every process. q is stratified: each image gets
+    a uniform q, together they cover [0, 1], and a range of t = t_of(q) is a slice of the batch."""
     B, N = args.batch_size, len(folder)
+    # A generator for this step alone; the odd factor keeps the seeds of two runs apart
     generator = torch.Generator(device).manual_seed((args.seed * 0x9E3779B1 + step) % 2**32)
     options = {"generator": generator, "device": device}
     in_stratum, drop = torch.rand(2, B, **options)
     posterior, eps = torch.randn(2, B, *folder.shape, **options)
-    u = torch.rand(B, **options)
-    t = (torch.arange(B, device=device) + in_stratum) / B  # t_i in [i, i + 1) / B
-    places = range(step * B, (step + 1) * B)  # epoch after epoch
-    indices = [permutation(N, args.seed, i // N)[i % N] for i in places]
-    return Draws(torch.tensor(indices), t, drop < args.label_drop, posterior, eps, u)
+    u = torch.rand(B, **options)  # whatever is new is drawn last: older draws stay what they are
+    q = (torch.arange(B, device=device) + in_stratum) / B  # q_i in [i, i + 1) / B
+    places = range(step * B, (step + 1) * B)  # in all epochs, one behind the other
+    indices = [order_of_epoch(N, args.seed, i // N)[i % N] for i in places]
+    return Draws(torch.tensor(indices), models.t_of(q), drop < args.label_drop, posterior, eps, u)
 
 
-def rows_in_range(batch, shares, t_min, t_max) -> slice:
+def rows_in_range(batch_size, shares, t_min, t_max) -> slice:
     """A slice that covers every row of a share with t_min <= t <= t_max. Row j of share w is
-    stratum w + j * shares, so one slice serves all shares. `Losses` masks the extra rows."""
-    first_stratum = max(0, math.floor(t_min * batch - 1e-3))  # 1e-3: the rounding of t
-    end_stratum = min(batch, math.ceil(t_max * batch + 1e-3))
+    stratum w + j * shares, so one slice serves all shares. The losses mask the extra rows."""
+    q_min, q_max = models.q_of(t_min), models.q_of(t_max)
+    first_stratum = max(0, math.floor(q_min * batch_size - 1e-3))  # 1e-3: the rounding of t
+    end_stratum = min(batch_size, math.ceil(q_max * batch_size + 1e-3))
     return slice(first_stratum // shares, math.ceil(end_stratum / shares))
 
 
-# ---- One step: the batch, the auxiliary loss, both losses
+# ---- The batch
 
 
 @dataclass
@@ -117,7 +124,7 @@ class Batch(Draws):
     """The draws of n images, and what the images add."""
 
     y: torch.Tensor  # (n,) int64, the labels
-    told: torch.Tensor  # (n,) int64, the labels that the network is told: y or the null label
+    y_input: torch.Tensor  # (n,) int64, what the network is told: y or the null label
     x0: torch.Tensor  # (n, C, H, W), latents
     x_t: torch.Tensor  # (n, C, H, W), (1 - t) x0 + t eps
     velocity: torch.Tensor  # (n, C, H, W), eps - x0, what the network predicts
@@ -129,20 +136,45 @@ def make_batch(folder, draws) -> Batch:
     moments, y = (x.to(device, non_blocking=True) for x in folder.read(draws.indices))
     mean, std = moments.float().chunk(2, dim=1)
     x0 = folder.meta["scale"] * (mean + std * draws.posterior)  # a sample of the posterior
-    told = torch.where(draws.drop, null_label, y)
+    y_input = torch.where(draws.drop, null_label, y)
     noise_level = draws.t.view(-1, 1, 1, 1)
     x_t = (1 - noise_level) * x0 + noise_level * draws.eps
-    return Batch(**vars(draws), y=y, told=told, x0=x0, x_t=x_t, velocity=draws.eps - x0)
+    return Batch(**vars(draws), y=y, y_input=y_input, x0=x0, x_t=x_t, velocity=draws.eps - x0)
+
+
+# ---- The losses
+
+
+class Projector(nn.Module):
+    """An auxiliary loss's MLP, D -> hidden -> hidden -> out, on tokens (N, T, D). With
+    `to_latent` = (patch, channels) it answers in latent space, (N, C, H, W): stage 1's P1."""
+
+    def __init__(self, width, out=None, hidden=2048, to_latent=None):
+        super().__init__()
+        layers = [nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU()]
+        layers.append(nn.Linear(hidden, out or width))
+        if to_latent:
+            patch, channels = to_latent
+            layers.append(nn.LayerNorm(width, elementwise_affine=False, eps=1e-6))
+            layers.append(nn.Linear(width, patch**2 * channels))
+        self.mlp, self.to_latent = nn.Sequential(*layers), to_latent
+        self.apply(xavier_linear)
+
+    def forward(self, tokens):
+        answer = self.mlp(tokens)
+        return unpatchify(answer, *self.to_latent) if self.to_latent else answer
 
 
 class Auxiliary:
-    """An auxiliary loss on the tokens of one block. One of your own is a subclass with `target`.
-    L = L_diff + weight L_aux in the first `until` steps, then L_diff. L_aux is the mean over
-    the WHOLE batch of distance(projector(h_depth), target), zero outside t_min <= t <= t_max."""
+    """An auxiliary loss on the tokens of one block; for one of your own, write a subclass with
+    `target`. L = L_diff + the sum of weight L_aux over all losses, each in its first `until`
+    steps. L_aux is the mean over the WHOLE batch of distance(projector(h_depth), target), which
+    is zero outside t_min <= t <= t_max."""
 
-    name = "aux"  # in the log and the checkpoint, which another loss does not continue
+    name = "aux"  # in the log and the checkpoint; a run with other names is not continued
     identity = None  # what must stay the same in a continued run, such as a teacher's hash
     teacher = None  # a network that is dropped when the loss ends
+    rows: slice  # the images of a share that can be in range, set by the loop
     ema: nn.Module  # the averaged network, set by the loop
 
     def __init__(self, args: TrainSettings, depth: int, weight=0.5, until=sys.maxsize):
@@ -152,7 +184,7 @@ class Auxiliary:
             raise UserError(f"--t-min {self.t_min}: must be below --t-max {self.t_max}")
 
     def prepare(self, folder: LatentFolder, device: torch.device):
-        """Load and check what the loss needs; called once, if any step is left that has it."""
+        """Load and check what the loss needs. Called once, if any step that has it is left."""
 
     def projector(self, model: nn.Module) -> nn.Module:
         return Projector(model.width, hidden=self.args.projector_dim)
@@ -166,33 +198,351 @@ class Auxiliary:
         return (prediction - target).square().flatten(1).mean(dim=1)
 
 
-class Losses(nn.Module):
-    """The network and both losses in one module: what DDP wraps and torch.compile compiles."""
+class LossNetwork(nn.Module):
+    """The network with all losses on top: what DDP wraps and torch.compile compiles."""
 
-    def __init__(self, model, projector, auxiliary, rows):
+    def __init__(self, model, projectors, losses):
         super().__init__()
-        self.model, self.projector = model, projector
-        self.auxiliary, self.rows = auxiliary, rows
+        self.model, self.losses = model, losses
+        self.projectors = nn.ModuleDict(projectors)  # by name, of the losses that have not ended
 
-    def forward(self, x_t, t, told, velocity, target=None):
-        """(L_diff, L_aux), means over n images; `target` is of the images in `rows` alone."""
-        aux, rows = self.auxiliary, self.rows
-        taps = [aux.depth] if self.projector else []
-        prediction, tokens = self.model(x_t, t, told, taps=taps)
+    def forward(self, x_t, t, y_input, velocity, targets):
+        """[L_diff, L_aux of each loss], means over n images. `targets`: by name, of the images in
+        the loss's rows alone; a loss without one has ended and is zero."""
+        taps = [loss.depth for loss in self.losses if loss.name in targets]
+        prediction, tokens = self.model(x_t, t, y_input, taps=taps)
         error = (prediction.float() - velocity).square()
-        loss_diff = error.flatten(1).mean(dim=1).mean()
-        if self.projector is None:
-            return loss_diff, torch.zeros_like(loss_diff)
-        answer = self.projector(tokens[aux.depth][rows]).float()
-        mask = ((t[rows] >= aux.t_min) & (t[rows] <= aux.t_max)).float()
-        distance = aux.distance(answer, target)
-        if distance.shape != mask.shape:
-            raise UserError(f"{aux.name}.distance: one number per image, not {distance.shape}")
-        return loss_diff, (distance * mask).sum() / len(x_t)  # zero outside the range of t
+        values = [error.flatten(1).mean(dim=1).mean()]
+        for loss in self.losses:
+            if loss.name not in targets:
+                values.append(torch.zeros_like(values[0]))
+                continue
+            target, times = targets[loss.name], t[loss.rows]
+            answer = self.projectors[loss.name](tokens[loss.depth][loss.rows]).float()
+            if answer.shape != target.shape:
+                shapes = f"{tuple(answer.shape)} and {tuple(target.shape)}"
+                raise UserError(f"loss {loss.name}: answer and target differ in shape: {shapes}")
+            distance = loss.distance(answer, target)
+            if distance.shape != times.shape:
+                shape = tuple(distance.shape)
+                raise UserError(f"loss {loss.name}: distance must be one number an image: {shape}")
+            mask = ((times >= loss.t_min) & (times <= loss.t_max)).float()
+            values.append((distance * mask).sum() / len(x_t))  # over all n: zero out of range
+        return values
+
+
+# ---- The training loop, of both stages and all other methods
+
+
+def train(args: TrainSettings, *losses: Auxiliary):
+    """Train args.model on args.data into args.out, with each of `losses` whose weight is not 0."""
+    device, rank, world = common.setup(args.device)
+    shares = world * args.accum  # into which every batch is cut
+    folder, state = begin(args, losses, device, shares)
+    network = parallel(LossNetwork(state.model, state.projectors, losses), args)
+    log = Log(args, losses, state, rank)
+    say(f"{args.model} on {device}: steps {state.step} to {args.steps}")
+
+    with Stop() as stop:
+        for step in range(state.step, args.steps):  # the number of steps done so far
+            if ended := [loss for loss in state.running if loss.until == step]:
+                network = None  # its memory is free before the next one's is taken
+                state.end(ended)
+                network = parallel(LossNetwork(state.model, state.projectors, losses), args)
+
+            draws = draw(step, args, folder, device)  # the whole batch, the same on every process
+            values = torch.zeros(1 + len(losses), device=device)
+            for w in range(rank, shares, world):  # this process's shares of it
+                batch = make_batch(folder, draws[w::shares])
+                if world > 1:  # DDP averages the gradients over processes with the last share
+                    network.require_backward_grad_sync = w + world >= shares
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    targets = {loss.name: loss.target(batch[loss.rows]) for loss in state.running}
+                    diff, *aux = network(batch.x_t, batch.t, batch.y_input, batch.velocity, targets)
+                weighted = [loss.weight * value for loss, value in zip(losses, aux, strict=True)]
+                ((diff + sum(weighted)) / args.accum).backward()
+                values += torch.stack([diff, *aux]).detach() / args.accum
+            if world > 1:
+                dist.all_reduce(values)  # for the log
+                values /= world
+            state.update(args, values)  # clip, AdamW, EMA
+
+            stopping = any(common.gather(stop.asked))  # all processes stop after the same step
+            logs = state.step % args.log_every == 0
+            saves = state.step % args.save_every == 0 or state.step == args.steps or stopping
+            if logs or saves:
+                state.check_finite(args)
+            if logs:
+                log.write()
+            if saves:
+                state.save(args, folder, rank)
+            if stopping and state.step < args.steps:
+                say(f"stopped by a signal after step {state.step}, which is saved; run it again")
+                sys.exit(143)  # not 0: what needs the finished run must not follow
+    say(f"{args.out}: done at step {args.steps}")
+
+
+def begin(args, losses, device, shares):
+    """(LatentFolder, State): everything before the first step. --out is locked before its
+    checkpoints are read; a new --out is made last, when nothing is missing."""
+    folder, out = LatentFolder(args.data), Path(args.out)
+    args.compile = device.type == "cuda" if args.compile is None else args.compile
+    names = ["diff", "model", *(loss.name for loss in losses)]
+    if len(set(names)) < len(names):
+        raise UserError(f"losses {', '.join(names[2:])}: each needs a name of its own")
+    if len(folder.meta["classes"]) == 1:
+        warn(f"{args.data}: has one class, whose label can guide nothing")
+    if args.batch_size % shares:
+        raise UserError(f"--batch-size {args.batch_size}: is not divisible by {shares} shares")
+    for loss in losses:
+        loss.rows = rows_in_range(args.batch_size, shares, loss.t_min, loss.t_max)
+    lock = common.lock(out) if out.exists() else None
+    newest = next(iter(models.checkpoints(out)), None)
+    saved = continued(newest, args, folder, losses) if newest else None
+    start = saved["step"] if saved else 0
+    running = [loss for loss in losses if loss.weight > 0 and start < min(loss.until, args.steps)]
+    for loss in running:
+        loss.prepare(folder, device)
+    identities = [folder.meta["identity"], *(loss.identity for loss in losses)]
+    if len(set(common.gather(str((vars(args), start, identities))))) > 1:
+        raise UserError("the processes have different settings, checkpoints, latents or teachers")
+    state = State(args, folder, device, losses, running)
+    state.lock = lock or common.lock(out)
+    if saved:
+        state.load(saved, newest)
+    return folder, state
+
+
+def parallel(network, args):
+    """`network` compiled and, among several processes, in DDP: few buckets, because each cuts the
+    compiled graph."""
+    if args.compile:
+        network = torch.compile(network, dynamic=False)
+        say("compiling; on a GPU this takes about two minutes")
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return network
+    return DDP(network, gradient_as_bucket_view=True, bucket_cap_mb=250)
+
+
+def adamw(weights, args):
+    """The optimizer of a network's weights. It may have groups with rates of their own."""
+    return AdamW(weights, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+
+
+class State:
+    """All that a step changes, saved and loaded whole: networks, optimizers, step, sums."""
+
+    def __init__(self, args, folder, device, losses=(), running=()):
+        torch.manual_seed(args.seed)
+        self.losses, self.running = losses, list(running)  # running: those that have not ended
+        self.model = models.build_for(vars(args), folder.meta)
+        networks = {"model": self.model}
+        for loss in running:
+            networks[loss.name] = loss.projector(self.model).to(device)
+            if not 1 <= loss.depth <= self.model.depth:
+                depth = f"depth {loss.depth} of the loss {loss.name}"
+                raise UserError(f"{depth}: {args.model} has blocks 1 to {self.model.depth}")
+        self.model.to(device)
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        for loss in losses:
+            loss.ema = self.ema
+        weights = {name: list(network.parameters()) for name, network in networks.items()}
+        self.optimizers = {
+            name: adamw(tensors, args) for name, tensors in weights.items() if tensors
+        }
+        self.rates = {}  # of each group, by its first weight, before the warm-up
+        self.projectors = {loss.name: networks[loss.name] for loss in running}
+        self.step = 0  # steps done so far
+        # Sums since the last line: L_diff, each L_aux, gradient norm, number of steps
+        self.sums = torch.zeros(3 + len(losses), dtype=torch.float64, device=device)
+        self.groups()
+
+    def groups(self) -> list[dict]:
+        """All groups of weights. The rate that a group has when it is first seen is its own."""
+        groups = [group for each in self.optimizers.values() for group in each.param_groups]
+        for group in groups:
+            self.rates.setdefault(group["params"][0], group["lr"])
+        return groups
+
+    def end(self, ended):
+        """Forget the teacher, the projector and the optimizer of losses that have ended."""
+        for loss in ended:
+            self.running.remove(loss)
+            loss.teacher = None
+            del self.projectors[loss.name]
+            self.optimizers.pop(loss.name, None)  # a projector without weights has none
+
+    def update(self, args, values):
+        """Clip, AdamW, EMA."""
+        groups = self.groups()
+        weights = [weight for group in groups for weight in group["params"]]
+        norm = nn.utils.clip_grad_norm_(weights, args.clip)
+        for group in groups:
+            rate = self.rates[group["params"][0]]
+            group["lr"] = rate * min(1, (self.step + 1) / max(1, args.warmup))
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        ramp = (1 + self.step) / (10 + self.step) if args.ema_ramp else 1.0
+        weights = [p.detach() for p in self.model.parameters()]  # or autograd records it all
+        torch._foreach_lerp_(list(self.ema.parameters()), weights, 1 - min(args.ema, ramp))
+        self.sums += torch.cat([values, norm.reshape(1), torch.ones(1, device=values.device)])
+        self.step += 1
+
+    def check_finite(self, args):
+        """End the run before what is not finite is logged or saved; `sums` keep a NaN."""
+        tensors = [self.sums, *self.model.parameters(), *self.ema.parameters()]
+        if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
+            newest = next(iter(models.checkpoints(args.out)), "the beginning")
+            what = f"step {self.step} or one before is not finite (--log-every 1 finds it)"
+            raise UserError(f"{what}; continue from {newest} with a lower --lr, --clip or weight")
+
+    def parts(self) -> dict:
+        """What has a state dict, by its name in a checkpoint; None if it is no longer there."""
+        parts = {"model": self.model, "ema": self.ema, "opt": self.optimizers["model"]}
+        for loss in self.losses:
+            parts[self.key("projector", loss)] = self.projectors.get(loss.name)
+            parts[self.key("projector_opt", loss)] = self.optimizers.get(loss.name)
+        return parts
+
+    def key(self, what, loss) -> str:
+        """The name in a checkpoint of what belongs to a loss; the first loss has it as it is."""
+        return what if loss is self.losses[0] else f"{what}_{loss.name}"
+
+    def save(self, args, folder, rank):
+        """Write ckpt-<step>.pt whole or not at all; all processes learn whether it worked."""
+        content = {name: part and part.state_dict() for name, part in self.parts().items()}
+        content.update({self.key("identity", loss): loss.identity for loss in self.losses})
+        content.update(format=models.FORMAT, step=self.step, sums=self.sums.tolist())
+        content.update(args=identifying(args, self.losses), meta=folder.meta)
+        path = Path(args.out) / f"ckpt-{self.step:07d}.pt"
+        failure = None
+        try:
+            if rank == 0:
+                with common.atomic_write(path) as file:
+                    torch.save(content, file)
+                others = [old for old in models.checkpoints(args.out) if old != path]
+                for old in [*others[args.keep - 1 :], *path.parent.glob("ckpt-*.pt.tmp")]:
+                    old.unlink(missing_ok=True)  # .tmp: what a killed save has left
+        except (UserError, OSError) as error:
+            failure = f"stopped after step {self.step}: {error}; make room and run it again"
+        if failure := common.gather(failure)[0]:
+            raise UserError(failure)
+
+    def load(self, saved, path):
+        for loss in self.running:
+            if saved[self.key("identity", loss)] not in (None, loss.identity):
+                raise UserError(f"{path}: was trained with another teacher; give that one")
+        with common.reading(path, "is damaged, or of another network"):
+            for name, part in self.parts().items():
+                if part:
+                    part.load_state_dict(copy.deepcopy(saved[name]))  # nothing stays mapped
+            self.step = saved["step"]
+            self.sums.copy_(torch.tensor(saved["sums"], dtype=torch.float64))
+
+
+def identifying(args, losses) -> dict:
+    """What a checkpoint keeps of a run, to tell whether it may be continued."""
+    quarters = models.t_of(torch.tensor([0.25, 0.5, 0.75])).tolist()  # the distribution of t
+    names = "+".join(loss.name for loss in losses)
+    return {**vars(args), "stage": names, "t_of_quarters": [round(t, 4) for t in quarters]}
+
+
+def continued(path, args, folder, losses) -> dict:
+    """The checkpoint at `path`; UserError if it was trained with other settings or latents."""
+    saved = models.read_checkpoint(path)
+    now, step = identifying(args, losses), saved["step"]
+    defaults = {field.name: field.default for field in fields(args)}
+    before = {**defaults, "t_of_quarters": [0.25, 0.5, 0.75], **saved["args"]}  # of older versions
+    same = saved["meta"]["identity"] == folder.meta["identity"]
+    before["data"] = args.data if same else "(other latents)"  # the content counts, not the path
+    change = {field.name: field.metadata.get("change") for field in fields(args)}
+    wrong = []
+    for key in sorted(before):
+        if before[key] == now.get(key) or change.get(key) == "free":
+            continue
+        difference = f"{common.flag(key)} {before[key]} -> {now.get(key, 'no such setting')}"
+        if change.get(key) == "printed" and before[key] != 0:  # of weight 0 nothing has learned
+            say(f"continued with {difference}")
+        else:
+            wrong.append(difference)
+    if wrong:
+        raise UserError(f"{path}: was trained with other settings: {', '.join(wrong)}")
+    if step != int(path.stem.removeprefix("ckpt-")) or step > args.steps:
+        raise UserError(f"{path}: is of step {step}; was it renamed, or --steps lowered?")
+    return saved
+
+
+# ---- The log, and signals
+
+
+class Log:
+    """log.jsonl, the same in every run of these settings, and the line for the terminal."""
+
+    def __init__(self, args, losses, state, rank):
+        self.args, self.state, self.rank = args, state, rank
+        self.names = ["diff", *(loss.name for loss in losses)]
+        self.path = Path(args.out) / "log.jsonl"
+        self.time, self.step = time.time(), state.step
+        if rank == 0 and self.path.exists():
+            lines = self.path.read_bytes().splitlines()
+            with common.atomic_write(self.path) as file:  # without what followed the checkpoint
+                for line in lines:
+                    with contextlib.suppress(ValueError, KeyError, TypeError):  # cut by a kill
+                        if json.loads(line)["step"] <= state.step:
+                            file.write(line + b"\n")
+
+    def write(self):
+        """Append the means since the last line, print them, and begin new sums."""
+        *sums, count = self.state.sums.tolist()
+        self.state.sums.zero_()
+        if self.rank > 0:
+            return
+        *values, norm = (total / count for total in sums)
+        losses = dict(zip(self.names, values, strict=True))
+        step, lr = self.state.step, self.state.optimizers["model"].param_groups[0]["lr"]
+        record = {"step": step, **{f"loss_{name}": value for name, value in losses.items()}}
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({**record, "grad_norm": norm, "lr": lr}) + "\n")
+        except OSError as error:  # a full disk stops the run only if the checkpoint fails, too
+            warn(f"{self.path}: could not be written ({error})")
+        seconds = (time.time() - self.time) / (step - self.step)  # of a step
+        self.time, self.step = time.time(), step
+        rate, left = self.args.batch_size / seconds, (self.args.steps - step) * seconds / 60
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        far = f"step {step}/{self.args.steps}  {shown}  grad {norm:.3f}"
+        say(f"{far}  {rate:.0f} images/s  {left:.1f} min left")
+
+
+class Stop:
+    """In `with Stop()`, the first signal asks to finish the step, save and leave; the second does
+    what it did before."""
+
+    def __enter__(self):
+        self.asked, self.before = 0.0, {}  # the time of the first signal; the handlers before
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):  # Slurm's
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                self.before[number] = signal.signal(number, self.hear)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def hear(self, number, frame):
+        if not self.asked:
+            self.asked = time.time()
+        elif time.time() > self.asked + 1:  # torchrun sends each signal twice within a moment
+            signal.signal(number, self.before[number])
+            os.kill(os.getpid(), number)
+
+
+# ---- Stage 1: L = L_diff + 0.5 L_align, where 0.4 <= t <= 0.7
 
 
 class Alignment(Auxiliary):
-    """Stage 1: P1 answers in latent space what the whole network does, or the clean latent."""
+    """P1 answers in latent space, from h_d1, what the whole network does, or the clean latent."""
 
     name = "align"
 
@@ -204,251 +554,19 @@ class Alignment(Auxiliary):
         return batch.velocity if self.args.align_target == "velocity" else batch.x0
 
 
-# ---- The training loop of both stages
-
-
-def train(args: TrainSettings, auxiliary: Auxiliary):
-    """Train args.model on args.data into args.out, with `auxiliary` unless its weight is 0."""
-    device, rank, world = models.setup(args.device)
-    folder, shares = LatentFolder(args.data), world * args.accum
-    args.compile = device.type == "cuda" if args.compile is None else args.compile
-    if len(folder.meta["classes"]) == 1:
-        warn(f"{args.data}: one class: its label can guide nothing")
-    if args.batch_size % shares:
-        raise UserError(f"--batch-size {args.batch_size}: not divisible by {shares} shares")
-    # Locked before its checkpoints are read; a new folder is made when nothing is missing
-    held = models.lock(args.out) if Path(args.out).exists() else None
-    newest = models.checkpoints(args.out)[:1]
-    saved = continued(newest[0], args, folder, auxiliary) if newest else None
-    start = saved["step"] if saved else 0
-    has_aux = auxiliary.weight > 0 and start < min(auxiliary.until, args.steps)
-    if has_aux:
-        auxiliary.prepare(folder, device)
-    same = {"latents": folder.meta["identity"], "teacher": auxiliary.identity}
-    models.agree(settings=vars(args), checkpoint=start, **same)
-    state = State(args, folder, device, auxiliary if has_aux else None)
-    held = held or models.lock(args.out)  # until train returns
-    if saved:
-        state.load(saved, auxiliary)
-    saved, auxiliary.ema = None, state.ema  # let go of the file: it may be deleted
-    rows = rows_in_range(args.batch_size, shares, auxiliary.t_min, auxiliary.t_max)
-    network = parallel(Losses(state.model, state.projector, auxiliary, rows), args)
-    log = Log(args, auxiliary.name, state) if rank == 0 else None
-    stop = Stop()
-    say(f"{args.model} on {device}: steps {start} to {args.steps}")
-
-    for step in range(start, args.steps):  # the number of steps done so far
-        if has_aux and step == auxiliary.until:  # teacher and projector have done their work
-            has_aux, network = False, None
-            auxiliary.teacher = state.projector = state.projector_optimizer = None
-            network = parallel(Losses(state.model, None, auxiliary, rows), args)
-
-        draws = draw(step, args, folder, device)  # the whole batch, the same on every process
-        losses = torch.zeros(2, device=device)
-        for w in range(rank, shares, world):  # this process's shares of it
-            batch = make_batch(folder, draws[w::shares])
-            if world > 1:  # DDP averages the gradients over processes with the last share
-                network.require_backward_grad_sync = w + world >= shares
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                target = auxiliary.target(batch[rows]) if has_aux else None  # stage 2: f_g
-                inputs = batch.x_t, batch.t, batch.told, batch.velocity, target
-                loss_diff, loss_aux = network(*inputs)
-            ((loss_diff + auxiliary.weight * loss_aux) / args.accum).backward()
-            losses += torch.stack([loss_diff, loss_aux]).detach() / args.accum
-        if world > 1:
-            dist.all_reduce(losses)  # for the log
-            losses /= world
-        state.update(args, losses)  # clip, AdamW, EMA
-
-        # ---- log, save, leave
-        stopping = any(models.gather(stop.asked))  # all processes stop after the same step
-        logs = state.step % args.log_every == 0
-        saves = state.step % args.save_every == 0 or state.step == args.steps or stopping
-        if logs or saves:
-            state.check_finite(args)
-        if logs and rank == 0:
-            log.write()
-        if logs:
-            state.sums.zero_()
-        if saves:
-            state.save(args, folder, auxiliary, rank)
-        if stopping and state.step < args.steps:
-            say(f"stopped by a signal after step {state.step}, which is saved; run it again")
-            sys.exit(143)  # not 0: what needs the finished run must not follow
-    say(f"{args.out}: done at step {args.steps}")
-
-
-def parallel(losses, args):
-    """Compiled and, among several processes, in DDP; few buckets, for each cuts the graph."""
-    if args.compile:
-        losses = torch.compile(losses, dynamic=False)
-        say("compiling: on a card two minutes")
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return losses
-    return DDP(losses, gradient_as_bucket_view=True, bucket_cap_mb=250)
-
-
-class State:
-    """All that a step changes, saved and loaded whole: networks, optimizers, step, sums."""
-
-    def __init__(self, args, folder, device, auxiliary=None):
-        torch.manual_seed(args.seed)
-        self.model = models.build_for(vars(args), folder.meta)
-        self.projector = auxiliary.projector(self.model).to(device) if auxiliary else None
-        if auxiliary and not 1 <= auxiliary.depth <= self.model.depth:
-            depth = f"depth {auxiliary.depth} of the loss {auxiliary.name}"
-            raise UserError(f"{depth}: {args.model} has blocks 1 to {self.model.depth}")
-        self.model.to(device)
-        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        options = {"lr": args.lr, "betas": (0.9, 0.999), "weight_decay": 0.0, "fused": True}
-        self.optimizer = AdamW(self.model.parameters(), **options)
-        projecting = list(self.projector.parameters()) if self.projector else []
-        self.projector_optimizer = AdamW(projecting, **options) if projecting else None
-        self.step = 0  # steps done so far
-        # Sums since the last line of the log: L_diff, L_aux, gradient norm, number of steps
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
-
-    def parts(self) -> dict:
-        """What a checkpoint holds, by name; what there is not any more is None."""
-        networks = {"model": self.model, "ema": self.ema, "projector": self.projector}
-        return {**networks, "opt": self.optimizer, "projector_opt": self.projector_optimizer}
-
-    def update(self, args, losses):
-        """Clip, AdamW, EMA."""
-        optimizers = [o for o in (self.optimizer, self.projector_optimizer) if o]
-        trained = [p for o in optimizers for p in o.param_groups[0]["params"]]
-        norm = nn.utils.clip_grad_norm_(trained, args.clip)
-        lr = args.lr * min(1, (self.step + 1) / max(1, args.warmup))
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        ramp = (1 + self.step) / (10 + self.step) if args.ema_ramp else 1.0
-        weights = [p.detach() for p in self.model.parameters()]  # or autograd records it all
-        torch._foreach_lerp_(list(self.ema.parameters()), weights, 1 - min(args.ema, ramp))
-        self.sums += torch.cat([losses, norm.reshape(1), torch.ones(1, device=losses.device)])
-        self.step += 1
-
-    def check_finite(self, args):
-        """End the run before what is not finite is logged or saved; `sums` keep a NaN."""
-        tensors = [self.sums, *self.model.parameters(), *self.ema.parameters()]
-        if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
-            newest = next(iter(models.checkpoints(args.out)), "the beginning")
-            what = f"step {self.step} or one before is not finite (--log-every 1 finds it)"
-            raise UserError(f"{what}; go on from {newest} with another --lr, --clip or weight")
-
-    def save(self, args, folder, auxiliary, rank):
-        """Write ckpt-<step>.pt whole or not at all; all processes learn whether it worked."""
-        content = {name: part and part.state_dict() for name, part in self.parts().items()}
-        content.update(format=models.FORMAT, step=self.step, sums=self.sums.tolist())
-        content.update(args={**vars(args), "stage": auxiliary.name}, meta=folder.meta)
-        content.update(identity=auxiliary.identity)
-        failure, path = None, Path(args.out) / f"ckpt-{self.step:07d}.pt"
-        try:
-            if rank == 0:
-                with models.atomic_write(path) as file:
-                    torch.save(content, file)
-                others = [old for old in models.checkpoints(args.out) if old != path]
-                for old in [*others[args.keep - 1 :], *path.parent.glob("ckpt-*.pt.tmp")]:
-                    old.unlink(missing_ok=True)  # .tmp: what a killed save has left
-        except (UserError, OSError) as error:
-            failure = f"stopped after step {self.step}: {error}; make room and run it again"
-        if failure := models.gather(failure)[0]:
-            raise UserError(failure)
-
-    def load(self, saved, auxiliary):
-        if self.projector and saved["identity"] not in (None, auxiliary.identity):
-            raise UserError(f"{saved['path']}: was trained with another teacher; give that one")
-        with models.reading(saved["path"], "is damaged, or of another network"):
-            for name, part in self.parts().items():
-                if part:
-                    part.load_state_dict(copy.deepcopy(saved[name]))  # nothing stays mapped
-            self.step = saved["step"]
-            self.sums.copy_(torch.tensor(saved["sums"], dtype=torch.float64))
-
-
-def continued(path, args, folder, auxiliary) -> dict:
-    """The checkpoint at `path`; UserError if it was trained with other settings or latents."""
-    with models.reading(path, models.CONVERT.format(path)):
-        saved = models.load_file(path, models.FORMAT)
-        before, step = saved["args"], saved["step"]
-        same = saved["meta"]["identity"] == folder.meta["identity"]
-        before["data"] = args.data if same else "(other latents)"
-    now, wrong = {**vars(args), "stage": auxiliary.name}, []
-    for key in (now.keys() & before.keys()) - FREE:
-        change = f"{models.flag(key)} {before[key]} -> {now[key]}"
-        if key in FREE_BUT_SAID.split() and before[key] not in (0, now[key]):
-            say(f"continued with {change}")  # but after a weight of 0 no projector has learned
-        elif before[key] != now[key]:
-            wrong.append(change)
-    if wrong:
-        raise UserError(f"{path}: was trained with other settings: {', '.join(wrong)}")
-    if step != int(path.stem.removeprefix("ckpt-")) or step > args.steps:
-        raise UserError(f"{path}: is of step {step}, --steps {args.steps}; is its name right?")
-    return {**saved, "path": path}
-
-
-class Log:
-    """log.jsonl, the same in every run of these settings, and the line for the terminal."""
-
-    def __init__(self, args, name, state):
-        self.args, self.name, self.state = args, name, state
-        self.path, self.time, self.step = Path(args.out) / "log.jsonl", time.time(), state.step
-        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
-        with models.atomic_write(self.path) as file:  # what followed the checkpoint comes again
-            for line in lines:
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # cut by a kill
-                    if json.loads(line)["step"] <= state.step:
-                        file.write(line + b"\n")
-
-    def write(self):
-        """Append the means since the last line, and say them."""
-        *sums, count = self.state.sums.tolist()
-        diff, aux, norm = (total / count for total in sums)
-        step, lr = self.state.step, self.state.optimizer.param_groups[0]["lr"]
-        record = {"step": step, "loss_diff": diff, f"loss_{self.name}": aux, "grad_norm": norm}
-        try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps({**record, "lr": lr}) + "\n")
-        except OSError as error:  # a full disk stops the run only if the checkpoint fails, too
-            warn(f"{self.path}: could not be written ({error})")
-        seconds = (time.time() - self.time) / (step - self.step)  # of a step
-        self.time, self.step = time.time(), step
-        rate, left = self.args.batch_size / seconds, (self.args.steps - step) * seconds / 60
-        losses = f"step {step}/{self.args.steps}  diff {diff:.4f}  {self.name} {aux:.4f}"
-        say(f"{losses}  grad {norm:.3f}  {rate:.0f} images/s  {left:.1f} min left")
-
-
-class Stop:
-    """The first signal asks to finish the step, save and leave; the second is Python's."""
-
-    def __init__(self):
-        self.asked, self.before = 0.0, {}  # the time of the first signal, Python's handlers
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):  # Slurm's
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                self.before[number] = signal.signal(number, self.hear)
-
-    def hear(self, number, frame):
-        if not self.asked:
-            self.asked = time.time()
-        elif time.time() > self.asked + 1:  # torchrun sends each signal twice within a moment
-            signal.signal(number, self.before[number])
-            os.kill(os.getpid(), number)
-
-
 @dataclass
 class Settings(TrainSettings):
-    steps: int = 200_000  # steps in all: 40 epochs of ImageNet
-    align_weight: float = setting(0.5, at_least=0)  # weight of L_align; 0 is vanilla SiT
+    steps: int = setting(200_000, change="free")  # steps in all: 40 epochs of ImageNet
+    align_weight: float = setting(0.5, at_least=0, change="printed")  # of L_align; 0: vanilla SiT
     align_depth: int | None = None  # block d1 (default: by size)
     align_target: str = setting("velocity", choices=["velocity", "latent"])  # what P1 answers
 
 
 def main():
-    args = models.parse_settings(Settings, __doc__)
+    args = common.parse_settings(Settings, __doc__)
     args.align_depth = args.align_depth or models.parse_name(args.model)[0].align_depth
     train(args, Alignment(args, args.align_depth, args.align_weight))
 
 
 if __name__ == "__main__":
-    models.run(main)
+    common.run(main)

@@ -8,27 +8,29 @@ mean over tokens, channels and the batch of (P2(h_ds) - f_g)^2, zero outside 0.4
 
 from dataclasses import dataclass
 
+import common
 import models
 from build_teacher import guided_features, load_teacher
-from models import Projector, UserError, setting, warn
-from train_stage1 import Auxiliary, TrainSettings, train
-from vae_latents import fingerprint
+from common import UserError, fingerprint, setting, warn
+from train_stage1 import Auxiliary, Projector, TrainSettings, train
 
 
 @dataclass
 class Settings(TrainSettings):
-    out: str = "out/stage2"  # folder of the run: checkpoints and log.jsonl
+    out: str = setting("out/stage2", change="free")  # folder of the run: checkpoints and log.jsonl
     seed: int = setting(1, at_least=0, at_most=2**63 - 1)  # not stage 1's: a new initialisation
-    teacher: str = "out/teacher/teacher.pt"  # from build_teacher.py
-    guide_weight: float = setting(0.5, above=0)  # weight of L_guide (as released: 0.15)
+    teacher: str = setting("out/teacher/teacher.pt", change="free")  # known by its content
+    guide_weight: float = setting(0.5, above=0, change="printed")  # of L_guide (as released: 0.15)
     guide_depth: int | None = None  # student's block ds (default: by size)
-    guide_scale: float | None = setting(None, at_least=1)  # s in f_g (default: the teacher's)
+    guide_scale: float | None = setting(
+        None, at_least=1, change="free"
+    )  # s (default: the teacher's)
     guide_steps: int = setting(100_000, at_least=0)  # guidance ends after this step
 
 
 class Guidance(Auxiliary):
-    """Stage 2: P2 regresses f_g. The teacher always gets the true label. train_stage1.train calls
-    `prepare` once, then `target` for each share of each step."""
+    """P2 regresses f_g, from h_ds. The teacher always gets the true label. train_stage1.train
+    calls `prepare` once, then `target` for each share of each step."""
 
     name = "guide"
 
@@ -37,7 +39,7 @@ class Guidance(Auxiliary):
         teacher, saved = load_teacher(args.teacher)
         theirs = saved["meta"]
         if theirs["identity"] is None:  # converted from another project's checkpoint
-            warn(f"{args.teacher}: converted; are these its latents and labels?")
+            warn(f"{args.teacher}: does not say which latents and labels it has seen; these?")
         facts = {key: (theirs[key], ours[key]) for key in ("channels", "height", "scale")}
         facts["classes"] = len(theirs["classes"]), len(ours["classes"])
         facts["patch"] = teacher.patch, models.parse_name(args.model)[1]
@@ -45,7 +47,7 @@ class Guidance(Auxiliary):
         facts["latents"] = theirs["identity"], ours["identity"]
         for what, (its, needed) in facts.items():
             if its not in (None, needed):  # None: it does not say
-                raise UserError(f"--teacher {args.teacher}: {what} {its}, not {needed}")
+                raise UserError(f"--teacher {args.teacher}: its {what} is {its}, not {needed}")
         self.s = saved["scale"] if args.guide_scale is None else args.guide_scale
         self.identity = fingerprint(self.s, *teacher.state_dict().values())
         self.teacher = teacher.to(device)
@@ -60,10 +62,10 @@ class Guidance(Auxiliary):
 
 
 def main():
-    args = models.parse_settings(Settings, __doc__)
+    args = common.parse_settings(Settings, __doc__)
     args.guide_depth = args.guide_depth or models.parse_name(args.model)[0].student_depth
     train(args, Guidance(args, args.guide_depth, args.guide_weight, args.guide_steps))
 
 
 if __name__ == "__main__":
-    models.run(main)
+    common.run(main)

@@ -2,16 +2,15 @@
 
     python vae_latents.py --images DIR --vae data/sd-vae.pt --out data/imagenet256
 
-The same command again continues; torchrun shares the work. The folder: moments.npy, whose first N
-rows (2C, H, W) are the posterior's mean, then its std; labels.npy (N,); files.json; meta.json.
+The same command continues a killed run, and torchrun shares the work. The folder: moments.npy,
+whose row i (2C, H, W) is the mean, then the std, of image i's posterior, for the first N rows;
+labels.npy (N,), the classes; files.json, the names; and meta.json, which is written last.
 """
 
 import contextlib
 import fnmatch
-import hashlib
 import json
 import os
-import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +23,11 @@ from PIL import Image, ImageOps, PngImagePlugin
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-import models
-from models import UserError, say, setting, warn
+import common
+from common import UserError, chunks_to_do, fingerprint, progress, say, setting, shared_array, warn
 
 FORMAT = 1  # of the latent folder
-PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # or a large colour profile would cost the picture
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # or Pillow refuses PNGs with a large colour profile
 
 # ---- The KL autoencoder of latent diffusion (Rombach et al. 2022, arXiv 2112.10752); the names
 # of its tensors are those of diffusers
@@ -75,7 +74,7 @@ def resample(channels, direction) -> nn.Module:
 
 
 class Coder(nn.Module):
-    """The encoder ("down") or decoder ("up"); `channels` of the stages in the order they run."""
+    """The encoder ("down") or decoder ("up"); `channels` of its stages in the order they run."""
 
     def __init__(self, in_channels, out_channels, channels, layers, groups, direction):
         super().__init__()
@@ -135,19 +134,8 @@ class AutoencoderKL(nn.Module):
         return fingerprint(self.scale, *self.state_dict().values())
 
 
-def fingerprint(*items) -> str:
-    """sha256 of tensors, arrays and plain values: the same content has the same hash."""
-    digest = hashlib.sha256()
-    for item in items:
-        if isinstance(item, torch.Tensor):
-            item = item.cpu().numpy()
-        is_array = isinstance(item, np.ndarray)
-        digest.update(item.tobytes() if is_array else repr(item).encode())
-    return digest.hexdigest()
-
-
 @torch.no_grad()
-def decode(vae, x0) -> np.ndarray:
+def to_images(vae, x0) -> np.ndarray:
     """Scaled latents x0 (N, C, H, W) -> images (N, S, S, 3) uint8, eight at a time."""
     device, images = next(vae.parameters()).device, []
     for piece in (x0 / vae.scale).float().split(8):
@@ -166,11 +154,13 @@ def from_uint8(images) -> torch.Tensor:
 
 def load_vae(path) -> AutoencoderKL:
     """An AutoencoderKL in eval mode from a file of {"model": tensors, "scale": number}."""
-    with models.reading(path, f"no VAE for --vae: python experiments/convert_vae.py {path} OUT"):
-        saved = models.load_file(path)
+    convert = f"if it is another project's: python -m experiments.latents.convert_vae {path} OUT"
+    with common.reading(path, f"is no VAE file of this project; {convert}"):
+        saved = common.load_file(path)
         scale, state = float(saved["scale"]), saved["model"]  # a scale is never assumed
-        convs = sorted(fnmatch.filter(state, "encoder.down*.conv1.weight"))  # of ResnetBlocks
-        channels = [len(state[key]) for key in convs if ".resnets.0." in key]  # of its stages
+        # The sizes are read off the tensors: one conv1 a ResnetBlock, one resnets.0 a stage
+        convs = sorted(fnmatch.filter(state, "encoder.down*.conv1.weight"))
+        channels = [len(state[key]) for key in convs if ".resnets.0." in key]
         latent_channels = len(state["quant_conv.bias"]) // 2
         vae = AutoencoderKL(channels, latent_channels, len(convs) // len(channels), scale)
         vae.load_state_dict(state)
@@ -182,13 +172,13 @@ def load_vae(path) -> AutoencoderKL:
 def find_vae(given, meta) -> AutoencoderKL:
     """The VAE to decode with: `given`, or else the one that encoded the latents of `meta`."""
     path = given or meta["vae"]["path"]
-    vae, other = load_vae(path), f"{path}: is not the VAE that made the latents"
+    vae = load_vae(path)
     fits = (vae.latent_channels, vae.scale) == (meta["channels"], meta["scale"])
     same = meta["vae"].get("identity") in (None, vae.identity())
     if not fits or not (same or given):
-        raise UserError(f"{other}; give that one as --vae")
-    if not same:
-        warn(other)  # --vae insists
+        raise UserError(f"{path}: is not the VAE that made the latents; give that one as --vae")
+    if not same:  # the user insists on it
+        warn(f"{path}: is not the VAE that made the latents")
     return vae
 
 
@@ -200,10 +190,10 @@ def open_image(path, size=None) -> np.ndarray:
     cut as ADM does it (Dhariwal & Nichol 2021)."""
     with Image.open(path) as image:
         image.load()
-        with contextlib.suppress(Exception):  # what is in the metadata never costs a picture
+        with contextlib.suppress(Exception):  # damaged metadata is no reason to lose the picture
             ImageOps.exif_transpose(image, in_place=True)  # it turns before it writes metadata
-        if image.mode in ("I", "F"):  # 32 bits: which of their numbers is white?
-            raise ValueError("32-bit pixels; save 8 or 16")
+        if image.mode in ("I", "F"):  # which of their numbers is white?
+            raise ValueError("its pixels have 32 bits; save it with 8 or 16")
         if image.mode.startswith("I;16"):
             image = Image.fromarray(np.uint8(np.asarray(image) / 257 + 0.5))  # 65535 is white
         if "A" in image.mode or "transparency" in image.info:  # laid on white
@@ -250,13 +240,13 @@ class Images(Dataset):
         self.labels = [label for label, files in enumerate(found) for _ in files]
         if not found or not all(found):
             empty = [name for name, files in zip(self.classes, found, strict=True) if not files]
-            raise UserError(f"--images {root}: one folder a class is needed; empty are {empty}")
+            raise UserError(f"--images {root}: needs a folder for each class; empty: {empty}")
         names = f"{len(self.classes)} classes ({', '.join(self.classes[:10])})"
-        others = f"{len(inside) - len(self.classes)} beside them, {len(left_out)} in them"
-        say(f"{len(self.files)} images of {names}; left out (hidden, double, other): {others}")
+        others = f"{len(inside) - len(self.classes)} beside the classes, {len(left_out)} in them"
+        say(f"{len(self.files)} images of {names}; hidden, linked twice or no images: {others}")
         splits = "train training val valid validation test testing images __macosx".split()
         if len(self.classes) == 1 or any(name.lower() in splits for name in self.classes):
-            warn(f"--images {root}: is each folder a class? It has {names}")
+            warn(f"--images {root}: each folder in it becomes a class: {names}")
 
     def __len__(self):
         return len(self.files)
@@ -278,9 +268,7 @@ class LatentFolder:
 
     def __init__(self, path):
         self.path = path = Path(path)
-        with models.reading(
-            path, f"no latents; cut off? Go on: vae_latents.py --out {path}; or remove it"
-        ):
+        with common.reading(path, "is no complete latent folder; run vae_latents.py (again)"):
             self.meta = meta = json.loads((path / "meta.json").read_text())
             labels = np.load(path / "labels.npy").astype(np.int64, casting="safe")
             self.labels, N = torch.from_numpy(labels), meta["num_images"]
@@ -304,38 +292,6 @@ class LatentFolder:
         moments = torch.from_numpy(self.moments[indices.numpy()])
         moments = moments.pin_memory() if torch.cuda.is_initialized() else moments
         return moments, self.labels[indices]
-
-
-def progress(what, items, world=1):
-    """Go through `items`, and say how far: after the first, every 5 seconds, and at the end."""
-    start, shown = time.time(), 0.0
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.time()
-        if now > shown + 5 or done == len(items):
-            shown, rate = now, done / (now - start + 1e-9)
-            far = f"{what} {done * world}/{len(items) * world}"
-            say(f"{far}  {rate * world:.1f}/s  {(len(items) - done) / rate:.0f} s left")
-
-
-def shared_array(path, shape, dtype, rank) -> np.ndarray:
-    """An array on disk, zeros at first, that processes fill and a killed run goes on with."""
-    if rank == 0 and not path.exists():
-        temporary = path.with_suffix(".tmp")
-        array = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
-        if hasattr(os, "posix_fallocate"):  # not on macOS
-            with open(temporary, "r+b") as file:  # a full disk is an error here, no crash later
-                os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
-        os.replace(temporary, path)
-    models.gather(None)  # the others wait
-    with models.reading(path, "is damaged; remove it and run the same again"):
-        return np.load(path, mmap_mode="r+")
-
-
-def chunks_to_do(done, size, rank, world) -> list[np.ndarray]:
-    """This process's chunks of `size` rows; the chunks are the same whoever works on them."""
-    chunks = np.split(np.arange(len(done)), range(size, len(done), size))
-    return [rows for rows in chunks[rank::world] if not done[rows].all()]
 
 
 # ---- Encoding
@@ -377,14 +333,14 @@ def finish(images, vae, moments, done, meta, out):
     kept, unreadable = np.flatnonzero(done == DONE), np.flatnonzero(done == UNREADABLE)
     if len(unreadable):
         reasons = [images[i][1] for i in unreadable]
-        with models.atomic_write(out / "unreadable.txt") as file:
+        with common.atomic_write(out / "unreadable.txt") as file:
             file.write("\n".join(reasons).encode(errors="surrogateescape"))
-        seen = f"{len(reasons)} images cannot be read, see {out}/unreadable.txt: {reasons[:5]}"
+        what = f"{len(reasons)} images cannot be read, see {out}/unreadable.txt: {reasons[:5]}"
         for label in set(images.labels) - {images.labels[i] for i in kept}:
-            raise UserError(f"none is left of class {images.classes[label]}: {seen}")
-        warn(f"left out: {seen}")
-        holes = unreadable[unreadable < len(kept)]
-        last = kept[kept >= len(kept)]  # they fill the holes; what lies behind counts no more
+            raise UserError(f"nothing is left of class {images.classes[label]}: {what}")
+        warn(f"left out: {what}")
+        # Rows behind the first len(kept) fill the holes before; a killed run may repeat this
+        holes, last = unreadable[unreadable < len(kept)], kept[kept >= len(kept)]
         moments[holes] = moments[last]
         moments.flush()
         kept = np.arange(len(kept))
@@ -394,10 +350,10 @@ def finish(images, vae, moments, done, meta, out):
     meta["std"] = float(vae.scale * np.sqrt(mean.var() + (std**2).mean()))  # of x0
     meta.update(format=FORMAT, num_images=len(kept), classes=images.classes, scale=vae.scale)
     meta.update(channels=mean.shape[1], height=mean.shape[2], width=mean.shape[3])
-    with models.atomic_write(out / "labels.npy") as file:
+    with common.atomic_write(out / "labels.npy") as file:
         np.save(file, np.array(images.labels, dtype=np.int64)[kept])
     for name, content in (("files", [images.names[i] for i in kept]), ("meta", meta)):
-        with models.atomic_write(out / f"{name}.json") as file:
+        with common.atomic_write(out / f"{name}.json") as file:
             file.write(json.dumps(content).encode())
     say(f"{out}: {len(kept)} images; the std of the scaled latents is {meta['std']:.3f}")
     if not 0.7 <= meta["std"] <= 1.4:
@@ -405,24 +361,24 @@ def finish(images, vae, moments, done, meta, out):
 
 
 def main():
-    args = models.parse_settings(Settings, __doc__)
+    args = common.parse_settings(Settings, __doc__)
     if args.image_size % 8 or not args.vae or not args.images:
-        raise UserError("needed: --images DIR, --vae FILE, --image-size a multiple of 8")
-    device, rank, world = models.setup(args.device)
+        raise UserError("give --images DIR, --vae FILE and an --image-size that 8 divides")
+    device, rank, world = common.setup(args.device)
     vae = load_vae(args.vae)
     images = Images(args.images, args.image_size)
     out = Path(args.out)
-    dates = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, images.files)]
-    tag = fingerprint(images.names, dates, args.image_size, vae.identity())[:12]
-    held = models.lock(out)  # noqa: F841 (until main returns)
+    stats = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, images.files)]
+    tag = fingerprint(images.names, stats, args.image_size, vae.identity())[:12]
+    _lock = common.lock(out)  # until main returns
     part = out / f"done-{tag}.part.npy"
     if (out / "meta.json").is_file():
         if LatentFolder(out).meta.get("tag") != tag:
-            raise UserError(f"{out}: holds latents of other images or VAE; another --out?")
+            raise UserError(f"{out}: holds other images' or VAE's latents; choose another --out")
         return say(f"{out}: is complete already")
     if rank == 0 and not (part.exists() and (out / "moments.npy").exists()):
         for old in out.glob("done-*.part.*"):
-            warn(f"{old}: dropped, of other images or VAE")
+            warn(f"{old}: is of other images or another VAE, and is removed")
             old.unlink()
         (out / "moments.npy").unlink(missing_ok=True)
     done = shared_array(part, (len(images),), np.uint8, rank)
@@ -431,9 +387,9 @@ def main():
     moments = shared_array(out / "moments.npy", shape, np.float16, rank)
     vae = vae.to(device, memory_format=torch.channels_last)
     encode(images, vae, moments, done, args.batch_size, rank, world)
-    models.gather(None)  # rank 0 waits for the others
+    common.gather()  # wait for the others
     if not done.all():
-        raise UserError(f"{out}: some images are not done; run the same again")
+        raise UserError(f"{out}: some images are not encoded yet; run the same command again")
     if rank == 0:
         meta = {"tag": tag, "image_size": args.image_size, "source": os.path.abspath(args.images)}
         meta["vae"] = {"path": os.path.abspath(args.vae), "identity": vae.identity()}
@@ -442,4 +398,4 @@ def main():
 
 
 if __name__ == "__main__":
-    models.run(main)
+    common.run(main)

@@ -130,10 +130,9 @@ def write_checkpoint(path, model, name="SiT-Ti/8", step=7, shift=0.0):
 @pytest.fixture(scope="session")
 def latents(tmp_path_factory):
     """A real latent folder: 60 drawn shapes, a small VAE of 20 steps."""
-    import shapes
-    import small_vae
-
     import vae_latents
+    from experiments.demo import shapes
+    from experiments.latents import small_vae
 
     folder = tmp_path_factory.mktemp("latents")
     shapes.write(folder / "images", 60, 32)

@@ -1,4 +1,4 @@
-"""The rival methods in experiments/baselines: losses against float64 loops, and the scripts."""
+"""The rival methods in experiments/methods: losses against float64 loops, and the scripts."""
 
 import json
 import math
@@ -12,12 +12,13 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import build_teacher
+import common
 import train_stage1
 import train_stage2
-from experiments import report
-from experiments.baselines import common, repa, repa_features, sra
-from models import UserError
-from train_stage1 import Losses, draw, make_batch, rows_in_range
+from common import UserError
+from experiments.cifar10 import report
+from experiments.methods import repa, repa_features, sra
+from train_stage1 import LossNetwork, draw, make_batch, rows_in_range
 from vae_latents import LatentFolder
 
 METHODS = {"repa": (repa, repa.Repa), "sra": (sra, sra.Sra)}
@@ -75,14 +76,14 @@ def computed(loss, folder, ema=None):
     projector = loss.projector(model).double()
     draws = draw(3, loss.args, folder, "cpu")
     draws = type(draws)(**in_double(draws))
-    draws.drop = torch.arange(B) % 3 == 0  # so that true and told labels differ
+    draws.drop = torch.arange(B) % 3 == 0  # so that true and y_input labels differ
     draws.u = torch.linspace(0.1, 0.9, B, dtype=torch.float64).flip(0)  # t' is clamped for some
     batch = make_batch(folder, draws)
     assert batch.x_t.dtype == torch.float64
     rows = rows_in_range(B, 1, loss.t_min, loss.t_max)
     assert rows == slice(0, B)  # at all t
-    losses = Losses(model, projector, loss, rows)
-    _, aux = losses(batch.x_t, batch.t, batch.told, batch.velocity, loss.target(batch[rows]))
+    losses = LossNetwork(model, projector, loss, rows)
+    _, aux = losses(batch.x_t, batch.t, batch.y_input, batch.velocity, loss.target(batch[rows]))
     return aux.item(), batch, model, projector
 
 
@@ -130,7 +131,7 @@ def test_sra(folder):
             x = (1 - t) * batch.x0[i] + t * batch.eps[i]
             wanted += smooth_l1(answer, one(ema, x, t, batch.told[i], 5)) / B
         close(got, wanted)
-        assert 0 < clamped < B and (batch.told != batch.y).any()
+        assert 0 < clamped < B and (batch.y_input != batch.y).any()
         assert len(ema.blocks) == ema.depth == 8 and ema.final_layer is not None  # left whole
         for p in ema.parameters():
             p.mul_(1.1)
@@ -239,8 +240,8 @@ def test_extra_cost_against_counted_flops(name, folder, features):
     def flops(projector):
         with FlopCounterMode(display=False) as counter:
             target = loss.target(batch) if projector else None
-            losses = Losses(model, projector, loss, slice(0, B))
-            sum(losses(batch.x_t, batch.t, batch.told, batch.velocity, target)).backward()
+            losses = LossNetwork(model, projector, loss, slice(0, B))
+            sum(losses(batch.x_t, batch.t, batch.y_input, batch.velocity, target)).backward()
         return counter.get_total_flops()
 
     vanilla = 3 * B * model.forward_flops()

@@ -7,8 +7,6 @@ import argparse
 import json
 import math
 
-import convert_sit
-import convert_vae
 import numpy as np
 import pytest
 import scipy.linalg
@@ -18,7 +16,10 @@ from conftest import build, call, ok, script, tiny, write_checkpoint
 
 import fid
 import sample as sampling
-from models import SIZES, UserError, load_checkpoint, parse_name
+from common import UserError
+from experiments.checkpoints import convert_sit
+from experiments.latents import convert_vae
+from models import SIZES, load_checkpoint, parse_name
 from sample import sample
 from vae_latents import AutoencoderKL, load_vae
 
@@ -389,7 +390,13 @@ def test_a_foreign_checkpoint_samples(foreign, vae_file, tmp_path):
     torch.save({"ema": foreign[1], "args": says, "steps": 10**5}, tmp_path / "their.pt")
     vae = tmp_path / "vae.pt"
     vae.write_bytes(vae_file.read_bytes())
-    ok("experiments/convert_sit.py", tmp_path / "their.pt", tmp_path / "ours.pt", "--vae", vae)
+    ok(
+        "experiments/checkpoints/convert_sit.py",
+        tmp_path / "their.pt",
+        tmp_path / "ours.pt",
+        "--vae",
+        vae,
+    )
     args = ["--ckpt", tmp_path / "ours.pt", "--num-images", 3, "--steps", 2, "--device", "cpu"]
     ok("sample.py", *args, "--out", tmp_path / "out")
     with np.load(tmp_path / "out/samples.npz") as samples:

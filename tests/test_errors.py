@@ -16,12 +16,13 @@ from conftest import ROOT, TRAIN, call, script, signals_kept, write_folder
 from PIL import Image
 
 import build_teacher
+import common
 import models
 import sample
 import train_stage1
 import train_stage2
 import vae_latents
-from models import UserError
+from common import UserError
 
 UNSAFE = ("weights_only", "allow_pickle", "unsafe", "trust", "can still be loaded")
 
@@ -40,7 +41,7 @@ def refusal(capsys, monkeypatch, tmp_path):
         with pytest.raises(SystemExit) as stop, signals_kept():
             if isinstance(script, str):
                 runpy.run_path(str(ROOT / script), run_name="__main__")
-            models.run(script.main)
+            common.run(script.main)
         err = "\n".join(x for x in capsys.readouterr().err.splitlines() if "warning" not in x)
         assert stop.value.code == 2, err
         assert err.count("\n") == 0 and ": error: " in err and "Traceback" not in err, err
@@ -200,7 +201,7 @@ def test_torchrun_leaves_each_flag_to_its_script(script):
     parser = torch.distributed.run.get_args_parser()
     theirs = [option for action in parser._actions for option in action.option_strings]
     for field in dataclasses.fields(script.Settings):
-        ours = models.flag(field.name)
+        ours = common.flag(field.name)
         assert not [option for option in theirs if option.startswith(ours)]
 
 
@@ -530,7 +531,7 @@ def test_building_a_teacher(refused, runs, tmp_path, capsys):
 
 
 def test_probe_of_few_images(runs, tmp_path, capsys):
-    import probe
+    from experiments.checkpoints import probe
 
     call(probe, runs / "stage1", "--num", 40, "--out", tmp_path / "p", "--device", "cpu")
     assert "20 images of each" in "".join(capsys.readouterr())

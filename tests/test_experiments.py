@@ -22,19 +22,21 @@ from PIL import Image
 import build_teacher
 import models
 import sample
+from common import UserError
 from experiments import (
     classifier,
     convert_sit,
     convert_vae,
-    demo_sheet,
     plot,
     probe,
     report,
     shapes,
+    sheet,
     small_vae,
 )
-from experiments.baselines import repa_features
-from models import UserError, load_checkpoint
+from experiments.cifar10 import judge
+from experiments.methods import repa_features
+from models import load_checkpoint
 from vae_latents import AutoencoderKL, LatentFolder, load_vae
 
 TABLE = "y_embedder.embedding_table.weight"
@@ -437,10 +439,10 @@ def test_a_judge_of_photographs(latents, tmp_path, recwarn):
     with torch.no_grad():
         pixels = torch.cat([vae.decode(one[None]) for one in mean]).permute(0, 2, 3, 1)
     by_hand = (127.5 * (pixels.clamp(-1, 1) + 1)).round()
-    decoded = classifier.round_trips(folder)
+    decoded = judge.round_trips(folder)
     assert (decoded - by_hand).abs().max() <= 1  # one at a time, it rounds otherwise
     held = torch.tensor([i % 10 == i // 10 % 10 for i in range(len(folder))])
-    found = classifier.measure(cnn, saved, decoded[held], folder.labels[held])
+    found = judge.measure(cnn, saved, decoded[held], folder.labels[held])
     assert saved["round_trips"] == [found["FD-CNN"], found["agreement"]]
 
 
@@ -448,7 +450,7 @@ def test_augmented_images_are_mirrored_and_rolled():
     torch.manual_seed(0)
     images, seen = torch.randint(256, (20, 16, 16, 3), dtype=torch.uint8), set()
     for _ in range(50):
-        batch = classifier.augmented(images)
+        batch = judge.augmented(images)
         for number, image in enumerate(batch):
             for mirror, down, right in itertools.product((0, 1), range(-3, 4), range(-3, 4)):
                 source = np.fliplr(images[number]) if mirror else images[number].numpy()
@@ -476,7 +478,7 @@ def test_a_round_trip_has_its_image_s_label():
 
     images = labels.byte().view(-1, 1, 1, 1).expand(-1, 8, 8, 3)
     cnn = Sees()
-    classifier.fit(cnn, torch.cat([images, images]), labels, torch.arange(7, 14), steps=50)
+    judge.fit(cnn, torch.cat([images, images]), labels, torch.arange(7, 14), steps=50)
     assert cnn.trust > 0.05  # 50 steps of up to 0.003
 
 
@@ -509,7 +511,7 @@ def test_judging(pictures, tmp_path, capsys):
     whole = torch.load(judge, weights_only=True)
     for part in ("model", "classes", "mu", "sigma", "reference"):
         torch.save({key: value for key, value in whole.items() if key != part}, judge)
-        refused(classifier, "judge", judge, npz, says=["judge.pt", part, "classifier.py train"])
+        refused(classifier, "judge", judge, npz, says=["judge.pt", part, "judge.py train"])
     for wrong in ([], ["judge"], ["judge", judge], ["draw", judge]):
         refused(classifier, *wrong, says=["train DATA", "judge FILE"])
 
@@ -619,7 +621,7 @@ def test_a_report_of_bad_files(tmp_path, runs):
     refused(report, *flags, says=["vanilla-seed1", "ckpt"], out=flags[-1])  # no checkpoint
     for text in ("", "[]", '{"FD-CNN": 3}', '{"FD-CNN": "x", "agreement": 1}'):
         judged.write_text(text)
-        refused(report, *flags, says=["judged.json", "classifier.py judge"], out=flags[-1])
+        refused(report, *flags, says=["judged.json", "judge.py judge"], out=flags[-1])
 
 
 @pytest.mark.parametrize("stage", ["repa", "sra", "internal"])
@@ -778,29 +780,29 @@ def test_the_experiment_alone_is_ended_and_its_trainings_save(project):
 def test_the_demos_last_page(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     demo, picture = Path("out/demo"), Path("out/demo/demo.png")
-    refused(demo_sheet, says=["classifier.pt"], out=picture)
+    refused(sheet, says=["classifier.pt"], out=picture)
     torch.manual_seed(0)
-    cnn, folder = classifier.CNN(10, 4).eval(), Path("data/shapes")
+    cnn, folder = judge.CNN(10, 4).eval(), Path("data/shapes")
     folder.mkdir(parents=True)
     known = {"mu": torch.zeros(128), "sigma": torch.eye(128), "reference": torch.zeros(9, 128)}
     saved = {"model": cnn.state_dict(), "classes": 10, "width": 4, "size": 32, **known}
     torch.save(saved, folder / "classifier.pt")
-    refused(demo_sheet, says=["out/demo/stage2"], out=picture)
+    refused(sheet, says=["out/demo/stage2"], out=picture)
     for run, source in (("stage2", "stage2"), ("vanilla", "stage1")):
         shutil.copytree(runs / source, demo / run)
-    refused(demo_sheet, says=["samples-stage2-cfg1"], out=picture)
+    refused(sheet, says=["samples-stage2-cfg1"], out=picture)
     images = np.random.default_rng(0).integers(0, 256, (60, 32, 32, 3), np.uint8)
     for name in ("stage2", "vanilla"):
         for cfg in (1, 3):
             samples = demo / f"samples-{name}-cfg{cfg}/samples.npz"
             samples.parent.mkdir()
-            seen = classifier.describe(cnn, torch.from_numpy(images))[1].numpy()
+            seen = judge.describe(cnn, torch.from_numpy(images))[1].numpy()
             labels = np.where(np.arange(60) < 15 * cfg, seen, (seen + 1) % 10)  # a share is right
             np.savez(samples, arr_0=images, labels=labels)
-    refused(demo_sheet, says=["features.png", "demo.sh"], out=picture)
+    refused(sheet, says=["features.png", "demo.sh"], out=picture)
     (demo / "probe").mkdir()
     Image.new("RGB", (448, 914)).save(demo / "probe/features.png")
-    call(demo_sheet)
+    call(sheet)
     said = capsys.readouterr().out.splitlines()
     shares = [line.split()[-4:] for line in said if line.startswith("class asked for")]
     assert shares == [["25.0", "%", "25.0", "%"], ["75.0", "%", "75.0", "%"]]
@@ -818,8 +820,8 @@ def test_a_wrong_class_is_framed():
     def cnn(batch):  # the order of the images says which label is seen
         return batch.flatten(1)[:, :1].float(), torch.eye(4)[seen[: len(batch)]]
 
-    pixels = demo_sheet.framed_grid(cnn, images, labels, 4)
-    assert pixels.shape == (demo_sheet.ROWS * 14, 4 * 14, 3)
+    pixels = sheet.framed_grid(cnn, images, labels, 4)
+    assert pixels.shape == (sheet.ROWS * 14, 4 * 14, 3)
     framed = [
         tuple(pixels[r * 14 + 1, c * 14 + 1]) == (220, 30, 30) for r in (0, 1) for c in range(4)
     ]

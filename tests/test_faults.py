@@ -18,10 +18,11 @@ import pytest
 import torch
 from conftest import ROOT, TRAIN, batch_indices, call, ok, script, signals_kept, write_folder
 
+import common
 import models
 import train_stage1
 import train_stage2
-from models import UserError
+from common import UserError
 from vae_latents import LatentFolder
 
 STEPS = 40
@@ -299,7 +300,7 @@ def test_two_signals_within_a_moment_are_one(monkeypatch):
 
 FAULTS = {
     "raises": ("raise ValueError('boom')", "boom"),
-    "user": ("raise models.UserError('a mistake')", "error: a mistake"),
+    "user": ("raise common.UserError('a mistake')", "error: a mistake"),
     "killed": ("os.kill(os.getpid(), 9)", "exitcode"),
 }
 
@@ -317,7 +318,7 @@ def test_one_of_two_processes_fails_and_all_are_gone(kind, data, tmp_path):
                 {FAULTS[kind][0]}
             update(self, *args)
         train_stage1.State.update = faulty
-        models.run(train_stage1.main)
+        common.run(train_stage1.main)
     """
     (tmp_path / "faulty.py").write_text(textwrap.dedent(code))
     result = script(
@@ -332,19 +333,19 @@ def test_all_processes_learn_of_a_failed_save(data, tmp_path):
         import os, pathlib, sys
         sys.path.insert(0, {str(ROOT)!r})
         import models, train_stage1
-        write = models.atomic_write
+        write = common.atomic_write
         def full(path):
             if "ckpt-" in str(path):
-                raise models.UserError("the disk is full")
+                raise common.UserError("the disk is full")
             return write(path)
-        models.atomic_write = full
+        common.atomic_write = full
         def main():
             try:
                 train_stage1.main()
-            except models.UserError as error:
+            except common.UserError as error:
                 pathlib.Path({str(tmp_path)!r}, "told " + os.environ["RANK"]).write_text(str(error))
                 raise
-        models.run(main)
+        common.run(main)
     """
     (tmp_path / "faulty.py").write_text(textwrap.dedent(code))
     given = flags(1, data, tmp_path / "out", steps=8)
@@ -414,7 +415,7 @@ def test_a_file_system_without_locks_is_a_warning(data, runs, tmp_path, monkeypa
     def no_locks(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(models.fcntl, "lockf", no_locks)
+    monkeypatch.setattr(common.fcntl, "lockf", no_locks)
     finish(1, data, tmp_path / "out", steps=2)
     finish(1, data, tmp_path / "out", steps=4)
     said = [line for line in capsys.readouterr().err.splitlines() if "locks" in line]
@@ -424,7 +425,7 @@ def test_a_file_system_without_locks_is_a_warning(data, runs, tmp_path, monkeypa
         sample, "--ckpt", runs / "stage2", "--num-images", 2, *SAMPLE, "--out", tmp_path / "samples"
     )
     assert f"warning: {tmp_path}/samples" in capsys.readouterr().err
-    monkeypatch.setattr(models.fcntl, "lockf", lambda *args: (_ for _ in ()).throw(BlockingIOError))
+    monkeypatch.setattr(common.fcntl, "lockf", lambda *args: (_ for _ in ()).throw(BlockingIOError))
     with pytest.raises(UserError, match="another run is at work there"):
         finish(1, data, tmp_path / "out", steps=6)
 
@@ -457,20 +458,20 @@ def test_a_file_is_the_old_one_until_it_is_whole(tmp_path, monkeypatch):
     path, order = tmp_path / "deep/file", []
     for name in ("fsync", "replace"):
         real = getattr(os, name)
-        monkeypatch.setattr(models.os, name, lambda *a, n=name, f=real: (order.append(n), f(*a)))
-    with models.atomic_write(path) as file:
+        monkeypatch.setattr(common.os, name, lambda *a, n=name, f=real: (order.append(n), f(*a)))
+    with common.atomic_write(path) as file:
         file.write(b"first")
         file.flush()
         assert not path.exists()
     assert path.read_bytes() == b"first" and order == ["fsync", "replace"]
     for error in (OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()):
-        with pytest.raises((UserError, KeyboardInterrupt)), models.atomic_write(path) as file:
+        with pytest.raises((UserError, KeyboardInterrupt)), common.atomic_write(path) as file:
             file.write(b"sec")
             file.flush()
             assert path.read_bytes() == b"first"
             raise error
         assert path.read_bytes() == b"first"
-    with models.atomic_write(path) as file:
+    with common.atomic_write(path) as file:
         file.write(b"second")
     assert path.read_bytes() == b"second" and os.listdir(path.parent) == ["file"]
 
@@ -642,16 +643,16 @@ def test_a_process_that_fails_alone_waits_for_nobody(monkeypatch):
         statuses.append(status)
         raise Left
 
-    monkeypatch.setattr(models.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(models.dist, "destroy_process_group", lambda: pytest.fail("it waited"))
-    monkeypatch.setattr(models.os, "_exit", leave)
+    monkeypatch.setattr(common.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(common.dist, "destroy_process_group", lambda: pytest.fail("it waited"))
+    monkeypatch.setattr(common.os, "_exit", leave)
     for error in (ValueError("boom"), UserError("a mistake"), KeyboardInterrupt()):
 
         def main(error=error):
             raise error
 
         with pytest.raises(Left):
-            models.run(main)
+            common.run(main)
     assert statuses == [1, 2, 130]
 
 

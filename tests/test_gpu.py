@@ -1,4 +1,4 @@
-"""experiments/bench.py and experiments/smoke.sh, on a CPU, with tiny sizes."""
+"""experiments/machine/bench.py and experiments/machine/smoke.sh, on a CPU, with tiny sizes."""
 
 import json
 import os
@@ -9,14 +9,14 @@ import sys
 import time
 from functools import partial
 
-import bench
 import pytest
 import torch
 from conftest import ROOT, call, ok, write_folder
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_stage1
-from models import UserError
+from common import UserError
+from experiments.machine import bench
 from vae_latents import LatentFolder
 
 CPU = torch.device("cpu")
@@ -260,7 +260,7 @@ def test_the_time_is_kept_and_what_is_left_is_said(tmp_path):
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     flags = [*TINY, "--minutes", 0.4, "--out", tmp_path / "bench.json"]
-    out = ok("experiments/bench.py", *flags, env={"TMPDIR": str(scratch)})
+    out = ok("experiments/machine/bench.py", *flags, env={"TMPDIR": str(scratch)})
     last = out.splitlines()[-1].partition("no time left for: ")[2]
     assert "vanilla, whole" in last or "stage 1, whole" in last
     figures = json.loads((tmp_path / "bench.json").read_text())["figures"]
@@ -272,7 +272,7 @@ def test_the_time_is_kept_and_what_is_left_is_said(tmp_path):
 
 # ---- smoke.sh
 
-SMOKE = ROOT / "experiments/smoke.sh"
+SMOKE = ROOT / "experiments/machine/smoke.sh"
 STEPS = "random stopped continued teacher stage2 torchrun logs probe samples guided fid".split()
 
 
@@ -370,5 +370,5 @@ def test_another_device_is_refused():
 
 
 def test_they_are_short():
-    assert len((ROOT / "experiments/bench.py").read_text().splitlines()) <= 300
+    assert len((ROOT / "experiments/machine/bench.py").read_text().splitlines()) <= 300
     assert len(SMOKE.read_text().splitlines()) <= 90

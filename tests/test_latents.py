@@ -11,15 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import shapes
-import small_vae
 import torch
 from conftest import ROOT, call, ok, script
 from PIL import Image
 
+import common
 import models
 import vae_latents
-from models import UserError
+from common import UserError
+from experiments.demo import shapes
+from experiments.latents import small_vae
 from vae_latents import AutoencoderKL, LatentFolder, find_vae, from_uint8, open_image
 
 
@@ -190,7 +191,7 @@ def test_an_encoding_killed_in_its_last_lines_is_not_lost(
     shutil.copy(pictures / "vae.pt", tmp_path)
     for i in range(unreadable):
         (tmp_path / f"images/class {i % 2}/{3 * i}bad.png").write_bytes(b"no image")
-    out, real, writes = tmp_path / "b", models.atomic_write, []
+    out, real, writes = tmp_path / "b", common.atomic_write, []
 
     def killed(path):
         writes.append(path)

@@ -20,14 +20,16 @@ import models
 import train_stage1
 import train_stage2
 from build_teacher import extrapolate, guided_features, load_teacher
-from models import SIZES, Projector, SiT, UserError, parse_name
+from common import UserError
+from models import SIZES, SiT, parse_name
 from sample import initial_noise, sample
 from train_stage1 import (
     Alignment,
     Auxiliary,
     Batch,
     Draws,
-    Losses,
+    LossNetwork,
+    Projector,
     State,
     draw,
     make_batch,
@@ -130,7 +132,7 @@ def test_slice_on_exact_edges():
     assert rows.start <= 4 and rows.stop >= 8
     assert rows_in_range(256, 1, 0.0, 1.0) == slice(0, 256)
     model, projector = tiny(), Projector(128, hidden=32, to_latent=(8, 4))
-    losses = Losses(model, projector, auxiliary_loss("latent"), slice(0, 1))
+    losses = LossNetwork(model, projector, auxiliary_loss("latent"), slice(0, 1))
     x, y = torch.randn(1, 4, 16, 16), torch.tensor([1])
     for t, counts in ((0.4, True), (0.7, True), (0.3999, False), (0.7001, False)):
         assert (losses(x, torch.tensor([t]), y, x, x)[1] > 0) == counts, t
@@ -212,7 +214,7 @@ def test_batch_holds_what_its_comments_say():
     folder, draws, batch = a_batch(scale=0.7)
     for name, value in vars(draws).items():
         assert torch.equal(getattr(batch, name), value), name
-    assert batch.told.dtype == batch.y.dtype == torch.int64
+    assert batch.y_input.dtype == batch.y.dtype == torch.int64
     assert batch.x_t.dtype == batch.velocity.dtype == torch.float64
     for i, index in enumerate(draws.indices.tolist()):
         label, t = index % NULL, draws.t[i].item()
@@ -239,7 +241,9 @@ DRAWN = "indices t drop posterior eps u"
 @pytest.mark.parametrize("kind", [Draws, Batch])
 def test_what_is_cut_is_cut_in_every_field(kind, rows):
     _, draws, batch = a_batch()
-    uncut, names = (draws, DRAWN) if kind is Draws else (batch, f"{DRAWN} y told x0 x_t velocity")
+    uncut, names = (
+        (draws, DRAWN) if kind is Draws else (batch, f"{DRAWN} y y_input x0 x_t velocity")
+    )
     assert sorted(field.name for field in dataclasses.fields(kind)) == sorted(names.split())
     part = uncut[rows]
     assert type(part) is kind
@@ -323,7 +327,7 @@ def test_losses_need_one_distance_an_image(reduce):
     """A mean over the batch would broadcast against the mask, and be wrong without a word."""
     auxiliary = auxiliary_loss("guide", tiny(seed=9).cut(5), 2)
     auxiliary.distance = lambda prediction, target: reduce((prediction - target).square())
-    losses = Losses(tiny(), auxiliary.projector(tiny()), auxiliary, slice(2, 6))
+    losses = LossNetwork(tiny(), auxiliary.projector(tiny()), auxiliary, slice(2, 6))
     x, t, y = torch.randn(8, 4, 16, 16), torch.linspace(0, 1, 8), torch.arange(8)
     target = torch.zeros(4, 4, tiny().width)
     with pytest.raises(UserError, match="distance: one number per image, not "):
@@ -340,15 +344,15 @@ def test_losses_against_float64_loops(batch, ways, stage, tmp_path):
     auxiliary = auxiliary_loss(stage, copy.deepcopy(teacher).cut(5), depth)
     projector = auxiliary.projector(model).double()
     rows = rows_in_range(batch, ways, 0.4, 0.7)
-    losses = Losses(model, projector, auxiliary, rows)
+    losses = LossNetwork(model, projector, auxiliary, rows)
     draws = double(drawn(3, batch, (4, 16, 16), label_drop=0.5))
     inside = (draws.t >= 0.4) & (draws.t <= 0.7)
-    assert 0 < draws.drop[inside].sum() < inside.sum()  # some of those were told the null label
+    assert 0 < draws.drop[inside].sum() < inside.sum()  # some of those were y_input the null label
     got_diff = got_aux = 0.0
     for way in range(ways):
         share = make_batch(folder, draws[way::ways])
         target = auxiliary.target(share[rows])
-        diff, aux = losses(share.x_t, share.t, share.told, share.velocity, target)
+        diff, aux = losses(share.x_t, share.t, share.y_input, share.velocity, target)
         got_diff, got_aux = got_diff + diff / ways, got_aux + aux / ways
     indices = batch_indices(3, batch, len(folder), 0)
     mean, std = torch.from_numpy(folder.moments[indices]).double().chunk(2, dim=1)
@@ -394,7 +398,7 @@ def test_what_the_loop_logs_is_the_formula(stage, tmp_path):
     t, drop, noise = draws.t, draws.drop, draws.eps
     inside = [0.4 <= x <= 0.7 for x in t[3:6].tolist()]
     assert inside == [False, True, False]  # both ends of the slice are to be masked
-    assert drop[4] and not drop.all()  # the teacher hears a label that the student is not told
+    assert drop[4] and not drop.all()  # the teacher hears a label that the student is not y_input
     indices = batch_indices(0, 8, len(folder), 5)
     mean, std = torch.from_numpy(folder.moments[indices]).double().chunk(2, dim=1)
     x0, y_true = mean + std * draws.posterior, folder.labels[indices]
@@ -475,7 +479,7 @@ def test_gradients_reach_only_the_student():
     x, y = torch.randn(4, 4, 16, 16), torch.tensor([1, 2, 3, 10])
     t, rows = torch.tensor([0.1, 0.45, 0.6, 0.9]), slice(1, 3)
     target = guided_features(teacher, x[rows], t[rows], y[rows], 30.0)
-    _, aux = Losses(student, projector, auxiliary, rows)(x, t, y, x, target)
+    _, aux = LossNetwork(student, projector, auxiliary, rows)(x, t, y, x, target)
     aux.backward()
     assert all(p.grad is None for p in teacher.parameters())
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in projector.parameters())
@@ -611,20 +615,20 @@ def test_after_guidance_neither_teacher_nor_projector_is_needed(tmp_path):
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.6])
 def test_the_network_is_told_the_null_label_where_one_was_dropped(share, tmp_path, monkeypatch):
-    told, forward = [], Losses.forward
+    y_input, forward = [], LossNetwork.forward
 
     def listening(self, x_t, t, labels, *rest):
-        told.append(labels)
+        y_input.append(labels)
         return forward(self, x_t, t, labels, *rest)
 
-    monkeypatch.setattr(Losses, "forward", listening)
+    monkeypatch.setattr(LossNetwork, "forward", listening)
     flags = ["--data", write_folder(tmp_path / "d"), "--out", tmp_path / "o"]
     call(train_stage1, *TRAIN, *flags, "--steps", 5, "--label-drop", share, "--seed", 3)
     folder = LatentFolder(tmp_path / "d")
     labels = [folder.labels[batch_indices(step, 8, len(folder), 3)] for step in range(5)]
     dropped = [drawn(step, 8, (4, 16, 16), 3, share).drop for step in range(5)]
     dropped = torch.stack(dropped)
-    assert torch.equal(torch.stack(told), torch.where(dropped, NULL, torch.stack(labels)))
+    assert torch.equal(torch.stack(y_input), torch.where(dropped, NULL, torch.stack(labels)))
     assert (dropped.double().mean() - share).abs() < 0.2
 
 
@@ -831,7 +835,7 @@ def test_one_graph_without_breaks_and_the_same_numbers(stage):
     model.blocks = model.blocks[:2]  # compiled sooner
     auxiliary = auxiliary_loss("latent" if stage == 1 else "guide", tiny(name="SiT-N").cut(4))
     projector = None if stage == "after" else auxiliary.projector(model)
-    losses = Losses(model, projector, auxiliary, rows)
+    losses = LossNetwork(model, projector, auxiliary, rows)
     compiled = torch.compile(losses, dynamic=False, backend="aot_eager", fullgraph=True)
     for _ in range(3):
         x, t, y = torch.randn(8, 4, 16, 16), torch.rand(8).sort()[0], torch.randint(0, 11, (8,))
@@ -852,7 +856,7 @@ def test_bf16_training_follows_float32():
     ends = []
     for enabled in (False, True):
         model = tiny(name="SiT-N")
-        losses = Losses(model, None, auxiliary_loss("latent"), slice(0, 8))
+        losses = LossNetwork(model, None, auxiliary_loss("latent"), slice(0, 8))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(8, 4, 16, 16, generator=generator)

@@ -10,16 +10,17 @@ from conftest import ROOT, TRAIN, call, ok, tiny, write_folder
 from test_baselines import B, close, filled, in_double, one, settings
 from torch.utils.flop_counter import FlopCounterMode
 
+import common
 import models
 import sample
+from common import UserError, fingerprint
 from experiments import classifier, guide_by
-from experiments.baselines import internal_guidance
-from experiments.baselines.internal_guidance import Head, Internal, InternalGuidance
-from experiments.guide_by import ClassDirection
+from experiments.cifar10.guide_by import ClassDirection
+from experiments.methods import internal_guidance
+from experiments.methods.internal_guidance import Head, Internal, InternalGuidance
 from fid import statistics
-from models import UserError
-from train_stage1 import Losses, draw, make_batch, rows_in_range
-from vae_latents import LatentFolder, fingerprint
+from train_stage1 import LossNetwork, draw, make_batch, rows_in_range
+from vae_latents import LatentFolder
 
 RAMP = {"ema": 0.9, "ema_ramp": True}
 
@@ -81,10 +82,10 @@ def test_internal_loss(t_min, t_max, folder):
     head = loss.projector(model).double()
     draws = draw(3, args, latents, "cpu")
     draws = type(draws)(**in_double(draws))
-    draws.drop = torch.arange(B) % 3 == 0  # so that true and told labels differ
+    draws.drop = torch.arange(B) % 3 == 0  # so that true and y_input labels differ
     batch, rows = make_batch(latents, draws), rows_in_range(B, 1, t_min, t_max)
-    losses = Losses(model, head, loss, rows)
-    inputs = batch.x_t, batch.t, batch.told, batch.velocity, loss.target(batch[rows])
+    losses = LossNetwork(model, head, loss, rows)
+    inputs = batch.x_t, batch.t, batch.y_input, batch.velocity, loss.target(batch[rows])
     got, wanted, counted = losses(*inputs)[1].item(), 0.0, 0
     for i in range(B):
         t, y = batch.t[i], batch.told[i]
@@ -94,7 +95,7 @@ def test_internal_loss(t_min, t_max, folder):
             wanted += (answer - (batch.eps[i] - batch.x0[i])).square().mean().item() / B
             counted += 1
     close(got, wanted)
-    assert 0 < counted and (counted == B) == (t_max == 1) and (batch.told != batch.y).any()
+    assert 0 < counted and (counted == B) == (t_max == 1) and (batch.y_input != batch.y).any()
 
 
 def test_internal_average(folder, tmp_path):
@@ -113,7 +114,7 @@ def test_internal_average(folder, tmp_path):
         loaded = InternalGuidance(model, saved).head.layer.linear.weight
         torch.testing.assert_close(loaded, layer)
     assert layer.any()
-    cut = models.load_file(tmp_path / "cut/ckpt-0000004.pt")
+    cut = common.load_file(tmp_path / "cut/ckpt-0000004.pt")
     for key, tensor in saved["projector"].items():
         assert torch.equal(tensor, cut["projector"][key]), key
 
@@ -154,8 +155,8 @@ def test_sampling_against_a_plain_loop(by, mode):
         if by == "internal":
             weak = velocity_of(layer, one(student, x, t, y, 2), condition(student, t, y))
             return weak + w * (v - weak)
-        told, untold = (small(x[None], t[None], label[None])[0][0] for label in (y, 0 * y + 10))
-        return v + (w - 1) * (told - untold)
+        y_input, untold = (small(x[None], t[None], label[None])[0][0] for label in (y, 0 * y + 10))
+        return v + (w - 1) * (y_input - untold)
 
     for i in range(3):
         x = noise[i].double()
@@ -178,9 +179,9 @@ def test_internal_blocks_weight_and_cost(folder):
 
     def flops(head):
         with FlopCounterMode(display=False) as counter:
-            losses = Losses(model, head, loss, slice(0, B))
+            losses = LossNetwork(model, head, loss, slice(0, B))
             target = loss.target(batch) if head else None
-            sum(losses(batch.x_t, batch.t, batch.told, batch.velocity, target)).backward()
+            sum(losses(batch.x_t, batch.t, batch.y_input, batch.velocity, target)).backward()
         return counter.get_total_flops()
 
     extra = (flops(loss.projector(model)) - flops(None)) / (3 * B * model.forward_flops())
@@ -193,7 +194,7 @@ def test_internal_blocks_weight_and_cost(folder):
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
     torch.manual_seed(0)
-    path, cnn = tmp_path_factory.mktemp("judge") / "judge.pt", classifier.CNN(10, 4).eval()
+    path, cnn = tmp_path_factory.mktemp("judge") / "judge.pt", judge.CNN(10, 4).eval()
     images = torch.randint(0, 256, (60, 32, 32, 3), dtype=torch.uint8)
     with torch.no_grad():
         features, _ = cnn(images)
@@ -206,7 +207,7 @@ def judge(tmp_path_factory):
 def write_small(path, runs, seed=3):
     """A small network of the runs' latents, with a strong opinion."""
     model = tiny(num_classes=8, seed=seed, name="SiT-N")
-    saved = models.load_file(next(iter(models.checkpoints(runs / "stage1"))))
+    saved = common.load_file(next(iter(models.checkpoints(runs / "stage1"))))
     args = {**saved["args"], "model": "SiT-N/8"}
     torch.save({**saved, "args": args, "ema": model.state_dict()}, path)
     return path
@@ -287,7 +288,7 @@ def test_guide_by(runs, judge, tmp_path, calls, monkeypatch):
 def test_other_judges_or_weights_are_other_figures(runs, judge, tmp_path):
     out, small = tmp_path / "figures.jsonl", tmp_path / "small.pt"
     base = [runs / "stage2", "--out", out, "--num", 4, "--steps", 1, "--scales", 2]
-    other = models.load_file(judge)
+    other = common.load_file(judge)
     torch.save({**other, "mu": other["mu"] + 1}, tmp_path / "judge.pt")
     for seed in (1, 2):
         write_small(small, runs, seed)
@@ -324,7 +325,7 @@ def test_guide_by_internal(latents, judge, tmp_path):
 )
 def test_user_errors(flags, message, runs, judge, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    saved = models.load_file(write_small(tmp_path / "other.pt", runs))
+    saved = common.load_file(write_small(tmp_path / "other.pt", runs))
     classes, vae = {"classes": list("abcdefgh")}, {"vae": {"path": "a.pt", "identity": "other"}}
     for name, change in (("classes", classes), ("vae", vae)):
         torch.save({**saved, "meta": {**saved["meta"], **change}}, f"{name}.pt")
@@ -353,7 +354,7 @@ def test_a_network_of_one_s_own_trains_and_samples(guess, latents, tmp_path):
     for flags in (train, [*draw, "--device", "cpu", "--out", out]):
         ok(guess, *flags, env={"PYTHONPATH": str(ROOT)})
     assert np.load(out / "samples.npz")["arr_0"].shape == (8, 32, 32, 3)
-    learned = models.load_file(run / "ckpt-0000004.pt")["ema"]["reroute.weight"]
+    learned = common.load_file(run / "ckpt-0000004.pt")["ema"]["reroute.weight"]
     assert learned.shape == (128, 128) and learned.norm() > 0
     with pytest.raises(UserError, match="reroute.weight"):  # and none takes it for a plain one
         models.load_checkpoint(run)

@@ -30,13 +30,14 @@ from test_errors import refusal
 from torch.utils.flop_counter import FlopCounterMode
 
 import build_teacher
+import common
 import fid
 import models
 import sample
 import train_stage1
 import train_stage2
 import vae_latents
-from models import UserError
+from common import UserError
 from vae_latents import AutoencoderKL, LatentFolder, open_image
 
 ENCODE = "--image-size 32 --batch-size 8 --device cpu".split()
@@ -1171,7 +1172,7 @@ def test_of_two_streams_the_one_that_is_full_is_given_up(full, vae, monkeypatch,
         for name in ("stdout", "stderr"):
             monkeypatch.setattr(sys, name, nothing if name == full else whole)
         call(train_stage1, *train)
-        models.warn("the last one")
+        common.warn("the last one")
     said = (tmp_path / "whole").read_text()
     assert ("done at step 2" if full == "stderr" else "one class") in said
     assert ("the last one" in said) == (full == "stdout")

@@ -1,21 +1,19 @@
 """SRA (Jiang et al. 2026, arXiv 2505.02831; code: vvvvvjdy/SRA) on this repository's loop.
 
 A head on block m at t learns block n of the EMA at t' = max(t - 0.2 u, 0), u ~ U(0, 1), same noise,
-same label told: smooth L1, weight 0.2, all t; m, n = 3, 8 of 12 (B), 6, 16 of 24 (L), 8, 20 of 28
+same label: smooth L1, weight 0.2, all t; m, n = 3, 8 of 12 (B), 6, 16 of 24 (L), 8, 20 of 28
 (XL), other depths in proportion to B. From the code: head D -> 2D -> D with SiLU, beta 0.05. Not
 done: its lower weight after epoch 149, and 1 - cosine with weight 0.5, its newest default.
 """
 
 import copy
-import sys
-from pathlib import Path
 
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import common
 import models
-from experiments.baselines.common import Baseline, share, train_baseline
+from experiments.methods.method import Baseline, share, train_baseline
 from models import xavier_linear
 
 
@@ -42,7 +40,7 @@ class Sra(Baseline):
         teacher._modules = dict(teacher._modules)  # cutting the view leaves the EMA whole
         t = (batch.t - 0.2 * batch.u).clamp(min=0)
         x_t = batch.x0 + t.view(-1, 1, 1, 1) * batch.velocity  # (1 - t) x0 + t eps
-        return teacher.cut(n)(x_t, t, batch.told, taps=[n])[1][n].float()
+        return teacher.cut(n)(x_t, t, batch.y_input, taps=[n])[1][n].float()
 
     def distance(self, prediction, target):
         loss = F.smooth_l1_loss(prediction, target, beta=0.05, reduction="none")
@@ -59,4 +57,4 @@ def main():
 
 
 if __name__ == "__main__":
-    models.run(main)
+    common.run(main)

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
 # What really helps? Every row of the experiment on CIFAR-10, then its tables and figures.
 #
-#   bash experiments/cifar10.sh                                       # all of it; again: it goes on
-#   IMAGES=DIR JOBS=4 COMPILE=1 bash experiments/cifar10.sh           # DIR/<class>/*.png at hand
-#   ONLY='^(N|relN|vanilla)-seed' bash experiments/cifar10.sh         # the rows of these names
-#   JUDGE=2 bash experiments/cifar10.sh                               # judged by a second judge
+#   bash experiments/cifar10/cifar10.sh                                       # all of it; again: it goes on
+#   IMAGES=DIR JOBS=4 COMPILE=1 bash experiments/cifar10/cifar10.sh           # DIR/<class>/*.png at hand
+#   ONLY='^(N|relN|vanilla)-seed' bash experiments/cifar10/cifar10.sh         # the rows of these names
+#   JUDGE=2 bash experiments/cifar10/cifar10.sh                               # judged by a second judge
 #
 # JOBS trainings run at a time, one core each; JOBS=1 OMP_NUM_THREADS=16, or a GPU, runs them one
 # after the other. STEPS (a multiple of 4) and SAMPLES make it shorter. All is in out/cifar10:
 # NAME-seedS holds a run, its samples and the judge's figures, NAME-seedS.log what it printed. A
 # killed run continues where it was cut: call the script again.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-. experiments/processes.sh
+cd "$(dirname "$0")/../.."
+. experiments/machine/processes.sh
 watch
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 JOBS=${JOBS:-2} JUDGE=${JUDGE:-} STEPS=${STEPS:-6000} SAMPLES=${SAMPLES:-5000}
@@ -56,7 +56,7 @@ measure() { # measure STEP...: samples of the EMA, from the same noise for all r
             python sample.py --ckpt "$(checkpoint $step)" --num-images "$SAMPLES" --mode euler \
                 --steps 16 --cfg 1 $COMPILE --out $out || return 1
         [ ! -e $out/judged$JUDGE.json ] || continue
-        python experiments/classifier.py judge $E/classifier$JUDGE.pt $out/samples.npz \
+        python -m experiments.cifar10.judge judge $E/classifier$JUDGE.pt $out/samples.npz \
             > $out/judged.tmp && mv $out/judged.tmp $out/judged$JUDGE.json || return 1
     done
 }
@@ -82,12 +82,12 @@ together() { # the rows on stdin, JOBS at a time; one that fails does not stop t
 # ---- The images, their latents, the judge
 
 if [ ! -e $DATA/meta.json ]; then
-    [ -n "${IMAGES:-}" ] || python experiments/cifar10.py "${IMAGES:=data/cifar10-images}"
-    python experiments/small_vae.py "$IMAGES" --size 32 --steps 3000 --out data/cifar10-vae.pt
+    [ -n "${IMAGES:-}" ] || python -m experiments.cifar10.download_cifar10 "${IMAGES:=data/cifar10-images}"
+    python -m experiments.latents.small_vae "$IMAGES" --size 32 --steps 3000 --out data/cifar10-vae.pt
     python vae_latents.py --images "$IMAGES" --image-size 32 --vae data/cifar10-vae.pt --out $DATA
 fi
 [ -e $E/classifier$JUDGE.pt ] ||
-    OMP_NUM_THREADS=$((JOBS * OMP_NUM_THREADS)) python experiments/classifier.py train $DATA \
+    OMP_NUM_THREADS=$((JOBS * OMP_NUM_THREADS)) python -m experiments.cifar10.judge train $DATA \
         --augment --round-trips --width 48 --steps 2500 --seed "${JUDGE:-0}" \
         --out $E/classifier$JUDGE.pt
 
@@ -106,7 +106,7 @@ stage_1() { # of small networks, P and N, and of the student's own size, Ti; and
     done
     echo "P-seed3: train train_stage1.py $STEPS --model SiT-P/2 && teachers $STEPS"
     echo "repa-features: [ -e $DATA/cnn.json ] ||" \
-        "python experiments/baselines/repa_features.py --data $DATA --model SiT-Ti/2"
+        "python -m experiments.methods.repa_features --data $DATA --model SiT-Ti/2"
 }
 
 students() { # the rows that the README leans on; W is six times the cost, at half of the steps
@@ -137,7 +137,7 @@ one_seed() { # what these depend on
 }
 
 baselines() { # other methods on the same loop
-    local b=experiments/baselines seed
+    local b=experiments/methods seed
     for seed in 1 2 3; do
         echo "sra-seed$seed: train $b/sra.py $STEPS && $measured"
         echo "repa-seed$seed: train $b/repa.py $STEPS --features $DATA/cnn.npy && $measured"
@@ -149,5 +149,5 @@ together < <(stage_1)
 together < <(students; one_seed; baselines)
 
 [ -z "$JUDGE" ] && flags="" || flags="--judge $JUDGE --figure $E/compute$JUDGE.png"
-python experiments/report.py $flags
+python -m experiments.cifar10.report $flags
 [ ! -e $E/failed ]

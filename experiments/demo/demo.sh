@@ -2,8 +2,8 @@
 # The whole method on drawn shapes, on two CPU cores: `make demo`, from images to out/demo/demo.png.
 # Every command is printed and can be run alone. Another seed: rm -r out/demo, then SEED=2 make demo.
 set -eu
-cd "$(dirname "$0")/.."
-. experiments/processes.sh
+cd "$(dirname "$0")/../.."
+. experiments/machine/processes.sh
 watch
 start=$(date +%s)
 D=out/demo
@@ -43,7 +43,7 @@ self_transcendence() {
     part "The teacher: that network, frozen and cut. A look at its features: 15 seconds"
     unless $D/teacher/teacher.pt python build_teacher.py --ckpt $D/stage1 --guide-scale 10 \
         --student SiT-Ti/4 --out $D/teacher
-    unless $D/probe/features.png python experiments/probe.py $D/stage1 --scales 3,5,10 \
+    unless $D/probe/features.png python -m experiments.checkpoints.probe $D/stage1 --scales 3,5,10 \
         --device cpu --out $D/probe
     part "Stage 2, the student, SiT-Ti: about 3 minutes; then its samples, half a minute"
     unless $D/stage2/ckpt-000$steps.pt python train_stage2.py $training --model SiT-Ti/4 \
@@ -54,7 +54,7 @@ self_transcendence() {
 
 baseline() {
     watch
-    unless data/shapes/classifier.pt python experiments/classifier.py train data/shapes \
+    unless data/shapes/classifier.pt python -m experiments.cifar10.judge train data/shapes \
         --steps 300 --out data/shapes/classifier.pt
     unless $D/vanilla/ckpt-000$vanilla_steps.pt python train_stage1.py $training --model SiT-Ti/4 \
         --align-weight 0 --seed $((seed + 1)) --steps $vanilla_steps --out $D/vanilla
@@ -63,9 +63,9 @@ baseline() {
 
 echo "The demo takes four to nine minutes on two free cores."
 part "Draw 10,000 pictures of eight figures: 10 seconds"
-unless data/shapes-images/arrow/09999.png python experiments/shapes.py data/shapes-images
+unless data/shapes-images/arrow/09999.png python -m experiments.demo.shapes data/shapes-images
 part "Train a small VAE and encode the pictures: a minute"
-unless data/shapes-vae.pt python experiments/small_vae.py data/shapes-images --size 32 \
+unless data/shapes-vae.pt python -m experiments.latents.small_vae data/shapes-images --size 32 \
     --device cpu --factor 2 --batch-size 8 --lr 3e-3 --steps 600 --out data/shapes-vae.pt
 unless data/shapes/meta.json python vae_latents.py --images data/shapes-images \
     --vae data/shapes-vae.pt --image-size 32 --device cpu --out data/shapes
@@ -78,6 +78,6 @@ self_transcendence
 part "Wait for the second core: a minute at most"
 wait $other || { tail -n 20 $D/vanilla.log; exit 1; }
 part "A small CNN judges the samples, and the sheet is drawn: 10 seconds"
-python experiments/demo_sheet.py
+python -m experiments.demo.sheet
 printf '\nThis took %d minutes %d seconds.\n' $((($(date +%s) - start) / 60)) \
     $((($(date +%s) - start) % 60))

@@ -7,17 +7,15 @@ block 8 of L's 24 and XL's 28. From others' notes on the paper: block 4 of B's 1
 at all t, or 2.3 where t >= 0.3, which is not done here. For other depths, a third is a guess.
 """
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch.nn as nn
 from torch.optim.swa_utils import AveragedModel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import models
-from experiments.baselines.common import Baseline, share, train_baseline
-from models import FinalLayer, UserError, unpatchify
+import common
+from common import UserError
+from experiments.methods.method import Baseline, share, train_baseline
+from models import FinalLayer, unpatchify
 
 
 class Head(nn.Module):
@@ -39,7 +37,7 @@ class Head(nn.Module):
 
     def forward(self, tokens):
         model = self.network[0]
-        c = model.t_embedder(self.t) + model.y_embedder["embedding_table"](self.told)
+        c = model.t_embedder(self.t) + model.y_embedder["embedding_table"](self.y_input)
         return unpatchify(self.layer(tokens, c), model.patch, model.in_channels)
 
 
@@ -56,7 +54,7 @@ class Internal(Baseline):
         return self.head
 
     def target(self, batch):
-        self.head.t, self.head.told = batch.t, batch.told
+        self.head.t, self.head.y_input = batch.t, batch.y_input
         if self.calls % self.args.accum == 0:  # average what the last step has made of it
             self.head.average.update_parameters(self.head.layer)
         self.calls += 1
@@ -84,7 +82,7 @@ class InternalGuidance(nn.Module):
 
     def forward(self, x, t, y):
         velocity, tokens = self.model(x, t, y, taps=[self.depth])
-        self.head.t, self.head.told = t, y
+        self.head.t, self.head.y_input = t, y
         weak = self.head(tokens[self.depth])
         return (weak + self.w * (velocity - weak),)
 
@@ -94,4 +92,4 @@ def main():
 
 
 if __name__ == "__main__":
-    models.run(main)
+    common.run(main)

@@ -5,15 +5,14 @@ report, is in vanilla steps of the same network, which are three forward passes;
 counted, two FLOPs per multiply-add.
 """
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch.nn as nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import common
 import models
-from models import Size, UserError, setting
+from common import UserError, setting
+from models import Size
 from train_stage1 import Auxiliary, TrainSettings, rows_in_range, train
 
 
@@ -54,12 +53,12 @@ def complete(args, Loss: type[Baseline]):
         block = getattr(args, name) or paper
         if block > size.depth:
             blocks = f"{args.model} has blocks 1 to {size.depth}"
-            raise UserError(f"{models.flag(name)} {block}: {blocks}")
+            raise UserError(f"{common.flag(name)} {block}: {blocks}")
         setattr(args, name, block)
 
 
 def train_baseline(Loss: type[Baseline], doc: str):
-    args = models.parse_settings(Loss.Settings, doc)
+    args = common.parse_settings(Loss.Settings, doc)
     complete(args, Loss)
     train(args, Loss(args))
 

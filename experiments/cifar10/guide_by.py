@@ -1,6 +1,6 @@
 """Distance and class by how one guides: `none`, `cfg`, `small`, or Internal Guidance, `internal`.
 
-    python experiments/guide_by.py out/stage2 --by small --small out/stage1 --judge a.pt,b.pt
+    python -m experiments.cifar10.guide_by out/stage2 --by small --small out/stage1 --judge FILES
 
 `small` is v + (w - 1) (v'(label) - v'(null label)): v' of stage 1's whole network, averaged as the
 student is. The noise is always the same. Each figure is a line of JSON in --out, never made twice.
@@ -9,20 +9,19 @@ student is. The noise is always the same. Each figure is a line of JSON in --out
 
 import itertools
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
 import models
-from experiments import classifier
-from experiments.baselines.internal_guidance import InternalGuidance
-from models import UserError, say, setting
+from common import UserError, fingerprint, say, setting
+from experiments.cifar10 import judge
+from experiments.methods.internal_guidance import InternalGuidance
 from sample import initial_noise, sample
-from vae_latents import decode, find_vae, fingerprint
+from vae_latents import find_vae, to_images
 
 
 @dataclass
@@ -34,7 +33,7 @@ class Settings:
     steps: str = "4,8,16,32,64"  # its steps, with commas
     scales: str = "1.5,2,2.5,3"  # w, with commas
     num: int = setting(5000, at_least=2)  # samples, of all classes in turn
-    judge: str = "out/cifar10/classifier.pt"  # files of classifier.py, with commas
+    judge: str = "out/cifar10/classifier.pt"  # files of judge.py, with commas
     out: str = "out/guide_by.jsonl"  # file of the figures
     compile: bool = False  # torch.compile the student
 
@@ -51,9 +50,9 @@ class ClassDirection(nn.Module):
 
 
 def main():
-    args = models.parse_settings(Settings, __doc__)
-    device, _, _ = models.setup()
-    with models.reading("--steps, --scales", "need numbers with commas"):
+    args = common.parse_settings(Settings, __doc__)
+    device, _, _ = common.setup()
+    with common.reading("--steps, --scales", "need numbers with commas"):
         lengths = [int(steps) for steps in args.steps.split(",")]
         scales = [float(w) for w in args.scales.split(",")] if args.by != "none" else [1.0]
     student, saved = models.load_checkpoint(args.ckpt, null_label_for="--by cfg")
@@ -67,10 +66,10 @@ def main():
         network = ClassDirection(student, small)
         share = round(2 * small.forward_flops() / student.forward_flops(), 4)
     vae, out = find_vae(None, meta), Path(args.out)
-    judges = {path: classifier.load(path) for path in args.judge.split(",")}
-    weights = [*network.state_dict().values(), *(judge["mu"] for _, judge in judges.values())]
+    judges = {path: judge.load(path) for path in args.judge.split(",")}
+    weights = [*network.state_dict().values(), *(known["mu"] for _, known in judges.values())]
     tag = fingerprint(vae.identity(), *weights)[:12]
-    with models.reading(out, "is no file of figures; choose another --out"):
+    with common.reading(out, "is no file of figures; choose another --out"):
         out.touch()
         known = [json.loads(line) for line in out.read_text().splitlines()]
     network, vae = network.to(device), vae.to(device, memory_format=torch.channels_last)
@@ -88,13 +87,13 @@ def main():
         for rows in torch.arange(args.num).split(125):
             noise, labels = initial_noise(0, rows.tolist(), shape)[0], y[rows].to(device)
             x0 = sample(network, noise.to(device), labels, null, steps, args.mode, cfg)
-            images.append(torch.from_numpy(decode(vae, x0)))
-        for path, (cnn, judge) in judges.items():
-            figure[path] = classifier.measure(cnn, judge, torch.cat(images), y)
+            images.append(torch.from_numpy(to_images(vae, x0)))
+        for path, (cnn, known) in judges.items():
+            figure[path] = judge.measure(cnn, known, torch.cat(images), y)
         with open(out, "a") as file:
             file.write(json.dumps(figure) + "\n")
         say(json.dumps(figure))
 
 
 if __name__ == "__main__":
-    models.run(main)
+    common.run(main)

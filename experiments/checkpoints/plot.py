@@ -1,16 +1,14 @@
 """Draw the losses of runs from their log.jsonl: L_diff to the left, auxiliary losses to the right.
 
-python experiments/plot.py out/stage1 out/stage2 --out out/curves.png
+python -m experiments.checkpoints.plot out/stage1 out/stage2 --out out/curves.png
 """
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import models
-from models import UserError, say
+import common
+from common import UserError, say
 
 
 def new_figure(width, height):
@@ -28,7 +26,7 @@ def read_log(run) -> dict[str, list[float]]:
     path = Path(run) / "log.jsonl"
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the folders of runs, such as out/stage1")
-    with models.reading(path, "is no log of a training; its first line comes after --log-every"):
+    with common.reading(path, "is no log of a training; its first line comes after --log-every"):
         lines = path.read_text(errors="replace").split("\n")
         records = [json.loads(line) for line in lines[:-1]]  # what a kill has cut has no newline
         names = {"step", "loss_diff", *(name for name in records[0] if name.startswith("loss_"))}
@@ -56,15 +54,15 @@ def draw(logs: dict[str, dict]):
 def main():
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
-    parser.error = models.refuse
+    parser.error = common.refuse
     parser.add_argument("runs", nargs="+", help="folders of runs")
     parser.add_argument("--out", default="out/curves.png", help="default: out/curves.png")
     args = parser.parse_args()
     figure = draw({run: read_log(run) for run in args.runs})
-    with models.atomic_write(args.out) as file:
+    with common.atomic_write(args.out) as file:
         figure.savefig(file, format="png", dpi=100)
     say(f"{args.out}: the losses of {', '.join(args.runs)}")
 
 
 if __name__ == "__main__":
-    models.run(main)
+    common.run(main)

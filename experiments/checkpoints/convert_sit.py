@@ -1,6 +1,6 @@
 """A checkpoint of this project from another's, or from an older one of its own.
 
-    python experiments/convert_sit.py repa/0400000.pt out/repa.pt --vae data/sd-vae.pt
+    python -m experiments.checkpoints.convert_sit repa/0400000.pt out/repa.pt --vae data/sd-vae.pt
 
 For sampling and teaching; such a run is not continued. SOURCE is a checkpoint of REPA or of a work
 built on it, or weights alone. What it does not say itself has to be said: the VAE of its latents,
@@ -11,15 +11,14 @@ built on it, or weights alone. What it does not say itself has to be said: the V
 import argparse
 import math
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
 import models
-from models import UserError, say, setting
+from common import UserError, say, setting
 from vae_latents import load_vae
 
 WRAPPERS = ("module.", "_orig_mod.", "ema_model.", "shadow.")  # of DDP, torch.compile, averages
@@ -135,13 +134,13 @@ def convert(saved: dict, args) -> dict:
 
 
 def main():
-    args = models.parse_settings(Settings, __doc__)
+    args = common.parse_settings(Settings, __doc__)
     if Path(args.out).exists():
         raise UserError(f"{args.out}: is there already; choose another name")
     try:
-        with models.reading(args.source, "is no checkpoint of a SiT with REPA's names"):
+        with common.reading(args.source, "is no checkpoint of a SiT with REPA's names"):
             with torch.serialization.safe_globals([argparse.Namespace]):  # REPA's arguments
-                saved = models.load_file(args.source)
+                saved = common.load_file(args.source)
             content = convert(saved, args)
             kinds = sorted({"model", "ema"} & content.keys())
             for kind in kinds:
@@ -151,7 +150,7 @@ def main():
     content.update(
         format=models.FORMAT, identity=None, projector=None, opt=None, projector_opt=None
     )
-    with models.atomic_write(args.out) as file:
+    with common.atomic_write(args.out) as file:
         torch.save({**content, "sums": [0.0] * 4}, file)
     run = content["args"]
     say(f"{args.out}: {run['model']}, step {content['step']}, --weights {' or '.join(kinds)}")
@@ -160,4 +159,4 @@ def main():
 
 
 if __name__ == "__main__":
-    models.run(main)
+    common.run(main)

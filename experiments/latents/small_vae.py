@@ -1,11 +1,10 @@
 """Train a small KL autoencoder on an image folder, for vae_latents.py --vae: minutes on a CPU.
 
-    python experiments/small_vae.py data/shapes-images --size 32 --factor 2 --out data/shapes-vae.pt
+    python -m experiments.latents.small_vae data/shapes-images --size 32 --factor 2 --out vae.pt
 
 Loss: mean squared error + 1e-4 KL(posterior || N(0, I)) per latent number.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +13,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import models
-from models import UserError, say, setting
-from vae_latents import AutoencoderKL, Images, ResnetBlock, from_uint8, load_vae, progress
+import common
+from common import UserError, progress, say, setting
+from vae_latents import AutoencoderKL, Images, ResnetBlock, from_uint8, load_vae
 
 
 def train_small_vae(
@@ -76,13 +74,13 @@ def read_images(args) -> np.ndarray:
 
 
 def main():
-    args = models.parse_settings(Settings, __doc__)
+    args = common.parse_settings(Settings, __doc__)
     if args.size % args.factor:
         raise UserError(f"--size {args.size}: must be a multiple of --factor {args.factor}")
     if Path(args.out).exists():
         load_vae(args.out)
         return say(f"{args.out}: is there already, nothing to do")
-    device, images = models.setup(args.device)[0], read_images(args)
+    device, images = common.setup(args.device)[0], read_images(args)
     how = args.factor, args.steps, args.seed, device, args.batch_size, args.lr
     vae = train_small_vae(images, *how)
     with torch.no_grad():  # peak signal-to-noise ratio of round trips, in dB
@@ -92,10 +90,10 @@ def main():
     state = {key: value.cpu() for key, value in vae.state_dict().items()}
     if not np.isfinite([vae.scale, psnr]).all():  # of weights that are not finite neither is
         raise UserError(f"--lr {args.lr:g}: the weights are not finite, nothing is saved; lower it")
-    with models.atomic_write(args.out) as file:
+    with common.atomic_write(args.out) as file:
         torch.save({"model": state, "scale": vae.scale}, file)
     say(f"{args.out}: round trips of {psnr:.1f} dB PSNR")
 
 
 if __name__ == "__main__":
-    models.run(main)
+    common.run(main)

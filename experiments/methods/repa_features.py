@@ -1,17 +1,15 @@
 """External features that repa.py aligns with, of a CNN: DATA/cnn.npy, (N, T, D_e) float16.
 
-    python experiments/baselines/repa_features.py --data data/cifar10 --model SiT-Ti/2
+    python -m experiments.methods.repa_features --data data/cifar10 --model SiT-Ti/2
 
 A small residual CNN, trained here to classify the folder's own images; its last map, averaged over
 the patch of each token. It saw the labels, which REPA's DINOv2 did not: say so beside any figure.
-It shares neither architecture nor seed with the judge, experiments/classifier.py. cnn.json beside
+It shares neither architecture nor seed with the judge, cifar10/judge.py. cnn.json beside
 it: the FLOPs of its training and of encoding, and its accuracy on images kept out of the training.
 """
 
 import json
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,10 +17,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import common
 import models
-from experiments.classifier import BATCH, describe, fit, held_out, source_images
-from models import UserError, say, setting
+from common import UserError, say, setting
+from experiments.cifar10.judge import BATCH, describe, fit, held_out, source_images
 from vae_latents import LatentFolder, ResnetBlock, from_uint8
 
 
@@ -60,7 +58,7 @@ def tokens(cnn, images, grid) -> torch.Tensor:
 
 
 def main():
-    args = models.parse_settings(Settings, __doc__)
+    args = common.parse_settings(Settings, __doc__)
     folder, (_, patch) = LatentFolder(args.data), models.parse_name(args.model)
     if folder.meta["height"] % patch:
         raise UserError(f"--model {args.model}: does not tile a side of {folder.meta['height']}")
@@ -76,12 +74,12 @@ def main():
     _, guesses = describe(cnn, images[held])
     info["accuracy"] = (guesses == folder.labels[held]).double().mean().item()
     features = [tokens(cnn, part, grid).half().numpy() for part in images.split(BATCH)]
-    with models.atomic_write(out) as file:
+    with common.atomic_write(out) as file:
         np.save(file, np.concatenate(features))
-    with models.atomic_write(out.with_suffix(".json")) as file:
+    with common.atomic_write(out.with_suffix(".json")) as file:
         file.write(json.dumps(info).encode())
     say(f"{out}: {len(folder)} images, {grid * grid} tokens; {info}")
 
 
 if __name__ == "__main__":
-    models.run(main)
+    common.run(main)

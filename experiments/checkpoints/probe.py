@@ -1,6 +1,6 @@
 """Look at a network's features before they teach: a k-NN table by block and s, and a picture.
 
-    python experiments/probe.py out/stage1             # -> out/probe/probe.json, features.png
+    python -m experiments.checkpoints.probe out/stage1   # -> out/probe/
 
 To choose dt and s, read the table: the k-NN accuracy of f_u, f_c and f_g by block. f_c and f_g were
 told the label, so it says how loudly they repeat the class, not how well they see it; f_u was not
@@ -9,7 +9,6 @@ told. A good s lies near the start of the plateau.
 
 import json
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
 import models
 from build_teacher import extrapolate
-from models import UserError, say, setting, warn
-from vae_latents import LatentFolder, decode, find_vae, progress
+from common import UserError, progress, say, setting, warn
+from vae_latents import LatentFolder, find_vae, to_images
 
 
 def noisy(folder, rows, t, device, seed=0):
@@ -95,7 +94,7 @@ def picture(model, folder, vae, depth, s, t, device, rows=8) -> Image.Image:
     f_c, f_u = both_features(model, x_t, times, y, [depth])[depth]
     colours = pca_rgb(f_u, f_c, extrapolate(f_c, f_u, s))
     titles = "f_u", f"f_c = h_{depth}", f"f_g, s = {s:g}"
-    columns = {"image": decode(vae, x0), **dict(zip(titles, colours, strict=True))}
+    columns = {"image": to_images(vae, x0), **dict(zip(titles, colours, strict=True))}
     sheet = Image.new("RGB", (len(columns) * 112, 18 + len(y) * 112), "white")
     for column, (title, cells) in enumerate(columns.items()):
         ImageDraw.Draw(sheet).text((column * 112 + 4, 3), title, fill="black")
@@ -131,13 +130,13 @@ def find_latents(path, model) -> LatentFolder:
 
 
 def main():
-    args = models.parse_settings(Settings, __doc__)
+    args = common.parse_settings(Settings, __doc__)
     scales = [float(s) for s in args.scales.split(",") if re.fullmatch(r"\d+(\.\d+)?", s)]
     if len(scales) < len(args.scales.split(",")):
         raise UserError(f"--scales {args.scales}: give numbers such as 3,10,30")
     model, saved = models.load_checkpoint(args.ckpt, args.weights, null_label_for="f_u")
     size, _ = models.parse_name(saved["args"]["model"])
-    depth, device = args.depth or size.teacher_depth, models.setup(args.device)[0]
+    depth, device = args.depth or size.teacher_depth, common.setup(args.device)[0]
     if depth > model.depth:
         raise UserError(f"--depth {depth}: the network has blocks 1 to {model.depth}")
     data, few = args.data or saved["args"].get("data"), 20 * model.num_classes
@@ -155,12 +154,12 @@ def main():
         cells = "".join(f"{accuracy:9.3f}" for accuracy in accuracies.values())
         say(f"{block:5}  {cells}{'   <- dt' if block == depth else ''}")
     out = Path(args.out)
-    with models.atomic_write(out / "probe.json") as file:
+    with common.atomic_write(out / "probe.json") as file:
         file.write(json.dumps({"t": args.t, "blocks": table}, indent=1).encode())
-    with models.atomic_write(out / "features.png") as file:
+    with common.atomic_write(out / "features.png") as file:
         picture(model, folder, vae, depth, scales[-1], args.t, device).save(file, format="PNG")
     say(f"look at {out}/features.png")
 
 
 if __name__ == "__main__":
-    models.run(main)
+    common.run(main)

@@ -1,6 +1,6 @@
-"""The experiment's tables and figures, from what experiments/cifar10.sh left in out/cifar10.
+"""The experiment's tables and figures, from what cifar10.sh left in out/cifar10.
 
-    python experiments/report.py        # tables in Markdown on stdout; assets/compute*.png
+    python -m experiments.cifar10.report        # tables in Markdown on stdout; assets/compute*.png
 
 Rows that are not there yet are left out. Total compute counts everything that went into a network,
 in training steps of a vanilla student, by matrix products: its own steps, the projector forward and
@@ -12,7 +12,6 @@ import json
 import operator
 import re
 import statistics
-import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,13 +19,13 @@ from types import SimpleNamespace
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
 import models
 from build_teacher import load_teacher
-from experiments.baselines.common import Baseline, projector_cost, share
-from experiments.plot import new_figure
-from models import Projector, UserError, say
-from train_stage1 import Alignment
+from common import UserError, say
+from experiments.checkpoints.plot import new_figure
+from experiments.methods.method import Baseline, projector_cost, share
+from train_stage1 import Alignment, Projector
 
 METRICS = {"FD-CNN": (2, 1), "agreement": (1, 100), "precision": (3, 1), "recall": (3, 1)}
 STUDENTS = {"": "SiT-Ti/2", "W-": "SiT-W/2"}  # by how a row's name begins: the unit of compute
@@ -54,14 +53,14 @@ def find_results(runs: Path, judge: str) -> dict:
         if not name:
             continue
         row, seed, step = name[1], int(name[2]), int(name[3])
-        with models.reading(path, "is no line of classifier.py judge"):
+        with common.reading(path, "is no line of judge.py judge"):
             judged = json.loads(path.read_text())
             figures = {metric: float(judged[metric]) for metric in METRICS}
         figures["compute"] = compute(path.parent.parent, step, STUDENTS[student_of(row)])
         found.setdefault(row, {}).setdefault(step, {})[seed] = figures
     if not found:
         wanted = f"NAME-seedS/samples-STEP/judged{judge}.json"
-        raise UserError(f"{runs}: no {wanted} there; experiments/cifar10.sh makes them")
+        raise UserError(f"{runs}: no {wanted} there; experiments/cifar10/cifar10.sh makes them")
     order = sorted(found, key=lambda row: (student_of(row), "vanilla" not in row, row))
     return {row: dict(sorted(found[row].items())) for row in order}
 
@@ -76,8 +75,8 @@ def values(seeds: dict, metric: str) -> list[float]:
 def read_run(run: Path) -> tuple[SimpleNamespace, dict, int]:
     """(The settings, the latents' meta, the newest step) of a run."""
     path = next(iter(models.checkpoints(run)), run / "ckpt-*.pt")
-    with models.reading(path, "is no checkpoint"):
-        saved = models.load_file(path)
+    with common.reading(path, "is no checkpoint"):
+        saved = common.load_file(path)
         return SimpleNamespace(**saved["args"]), saved["meta"], saved["step"]
 
 
@@ -106,7 +105,7 @@ def spent(args, meta, step, student) -> float:
         extra = find_baseline(args.stage)(args).extra_cost(model)
     if args.stage == "repa":  # the encoder's training, and its run over the images
         about = Path(args.features).with_suffix(".json")
-        with models.reading(about, "does not say what the features cost"):
+        with common.reading(about, "does not say what the features cost"):
             flops = json.loads(about.read_text())
             flops = flops["flops_training"] + flops["flops_encoding"]
         before = own * flops / (3 * model.forward_flops() * args.batch_size)
@@ -121,9 +120,9 @@ def network(model: str, meta: dict):
 
 
 def find_baseline(stage: str) -> type[Baseline]:
-    """The loss with this name, of the scripts in experiments/baselines."""
-    for script in Path(__file__).parent.glob("baselines/*.py"):
-        importlib.import_module(f"experiments.baselines.{script.stem}")
+    """The loss with this name, of the scripts in experiments/methods."""
+    for script in Path(__file__).parents[1].glob("methods/*.py"):
+        importlib.import_module(f"experiments.methods.{script.stem}")
     known = {Loss.name: Loss for Loss in Baseline.__subclasses__()}
     if stage not in known:
         raise UserError(f"the auxiliary loss {stage} is none of {', '.join(known)}")
@@ -224,27 +223,27 @@ def draw(found: dict, rows: list[str], real: list[float] | None):
 
 @dataclass
 class Settings:
-    runs: str = "out/cifar10"  # folder of experiments/cifar10.sh
+    runs: str = "out/cifar10"  # folder of experiments/cifar10/cifar10.sh
     judge: str | None = None  # which judge: classifierJUDGE.pt, judgedJUDGE.json
     figure: str = "assets/compute.png"  # picture to write; of the larger student: ..._larger.png
 
 
 def main():
-    args = models.parse_settings(Settings, __doc__)
+    args = common.parse_settings(Settings, __doc__)
     runs, figure, judge = Path(args.runs), Path(args.figure), args.judge or ""
     found, classifier = find_results(runs, judge), runs / f"classifier{judge}.pt"
-    with models.reading(classifier, "is no judge"):
-        real = models.load_file(classifier).get("round_trips") if classifier.is_file() else None
+    with common.reading(classifier, "is no judge"):
+        real = common.load_file(classifier).get("round_trips") if judge.is_file() else None
     for text in (*table(found), "", "In steps of vanilla of the same seed:", "", *worths(found)):
         say(text)
     for student in STUDENTS:
         rows = [row for row in SERIES if row in found and student_of(row) == student]
         if rows:
             path = figure.with_stem(f"{figure.stem}_larger") if student else figure
-            with models.atomic_write(path) as file:
+            with common.atomic_write(path) as file:
                 draw(found, rows, real).savefig(file, format="png", dpi=100)
             say(f"{path}: what the compute brought")
 
 
 if __name__ == "__main__":
-    models.run(main)
+    common.run(main)

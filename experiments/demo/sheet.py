@@ -4,18 +4,16 @@ Stage 2 and vanilla SiT after the same total compute (the teacher's training and
 from the same noise; where the judge sees another class there is a frame.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import models
-from experiments import classifier
-from experiments.plot import new_figure
-from experiments.report import compute, read_run
-from models import say
+import common
+from common import say
+from experiments.checkpoints.plot import new_figure
+from experiments.cifar10 import judge
+from experiments.cifar10.report import compute, read_run
 
 DEMO, JUDGE = Path("out/demo"), Path("data/shapes/classifier.pt")
 CFG = 3  # the guidance of the samples that are shown
@@ -27,7 +25,7 @@ NETWORKS = {"stage 2": ("stage2", "tab:blue"), "vanilla SiT": ("vanilla", "tab:g
 def framed_grid(cnn, images, labels, classes) -> np.ndarray:
     """The first ROWS samples of each class, as pixels; red frames where the judge sees another."""
     images, labels = images[: ROWS * classes], labels[: ROWS * classes]
-    wrong = classifier.describe(cnn, images)[1] != labels
+    wrong = judge.describe(cnn, images)[1] != labels
     side = images.shape[1] + 6
     sheet = np.full((ROWS * side, classes * side, 3), 255, np.uint8)
     for i, image in enumerate(images.numpy()):
@@ -63,7 +61,7 @@ def draw(grids: dict, bars: dict, classes: list[str]):
     axis.set_ylim(0, 100)
     axis.set_title("class as asked for, % ± standard error", fontsize=10)
     axis.legend(fontsize=10, loc="upper left")
-    with models.reading(DEMO / "probe/features.png", "is no picture; run experiments/demo.sh"):
+    with common.reading(DEMO / "probe/features.png", "is no picture; run experiments/demo/demo.sh"):
         tiles = Image.open(DEMO / "probe/features.png").crop((0, 18, 4 * TILE, 18 + 3 * TILE))
     features.imshow(tiles)
     features.set_title("the teacher's 16 tokens as colours, t = 0.5, s = 10", fontsize=10)
@@ -74,7 +72,7 @@ def draw(grids: dict, bars: dict, classes: list[str]):
 
 
 def main():
-    cnn, saved = classifier.load(JUDGE)
+    cnn, saved = judge.load(JUDGE)
     classes = read_run(DEMO / "stage2")[1]["classes"]
     bars, grids, lines = {"no guidance": {}, f"guided, cfg {CFG}": {}}, {}, []
     for name, (run, _) in NETWORKS.items():
@@ -83,14 +81,14 @@ def main():
         cells = [name, f"{step:,}", f"{cost:,.0f}"]
         for cfg, shares in zip((1, CFG), bars.values(), strict=True):
             path = DEMO / f"samples-{run}-cfg{cfg}/samples.npz"
-            samples = classifier.read_samples(path, saved)
-            judged = classifier.measure(cnn, saved, *samples)
+            samples = judge.read_samples(path, saved)
+            judged = judge.measure(cnn, saved, *samples)
             shares[name] = judged["agreement"], len(samples[0])
             cells += [f"{100 * judged['agreement']:.1f} %", f"{judged['FD-CNN']:.2f}"]
         lines.append(cells)
         total = f" + teacher = {cost:,.0f}" if run == "stage2" else ""
         grids[f"{name}: {step:,} steps{total}"] = framed_grid(cnn, *samples, len(classes))
-    with models.atomic_write(DEMO / "demo.png") as file:
+    with common.atomic_write(DEMO / "demo.png") as file:
         draw(grids, bars, classes).savefig(file, format="png", dpi=200)
 
     titles = ["", "steps", "total compute, in vanilla steps"]
@@ -103,4 +101,4 @@ def main():
 
 
 if __name__ == "__main__":
-    models.run(main)
+    common.run(main)

@@ -6,19 +6,17 @@ Weight 0.5, all t, the whole run. Block d: 8 of XL's 28 (their README), 8 of L's
 (scripts of works built on REPA), so for other depths a third.
 """
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import common
 import models
-from experiments.baselines.common import Baseline, BaselineSettings, train_baseline
-from models import Projector, UserError
-from vae_latents import fingerprint
+from common import UserError, fingerprint
+from experiments.methods.method import Baseline, BaselineSettings, train_baseline
+from train_stage1 import Projector
 
 REMEDY = "make it with repa_features.py"
 
@@ -37,7 +35,7 @@ class Repa(Baseline):
         return {"depth": min(8, size.depth // 3)}
 
     def read_features(self) -> np.ndarray:
-        with models.reading(self.args.features, f"is no array (N, T, D_e); {REMEDY}"):
+        with common.reading(self.args.features, f"is no array (N, T, D_e); {REMEDY}"):
             features = np.load(self.args.features, mmap_mode="r")
             _, _, _ = features.shape
         return features
@@ -68,4 +66,4 @@ def main():
 
 
 if __name__ == "__main__":
-    models.run(main)
+    common.run(main)

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # The whole chain on random latents, to see that a machine runs it: three minutes at most on a card.
-#     experiments/smoke.sh [--device cuda|cpu]
+#     experiments/machine/smoke.sh [--device cuda|cpu]
 # A line for each step; what fails is said, and the rest goes on. No figure means anything.
 set -u
-cd "$(dirname "$0")/.." || exit
+cd "$(dirname "$0")/../.." || exit
 device=cuda
 case "$*" in
     "") ;;
     "--device cuda" | "--device cpu") device=$2 ;;
-    *) echo "usage: experiments/smoke.sh [--device cuda|cpu]" >&2; exit 2 ;;
+    *) echo "usage: experiments/machine/smoke.sh [--device cuda|cpu]" >&2; exit 2 ;;
 esac
 D=$(mktemp -d "${TMPDIR:-/tmp}/smoke.XXXXXX") || exit
 export TMPDIR=$D # nothing stays anywhere else
@@ -80,7 +80,7 @@ step stage2 0 python train_stage2.py "${train[@]}" "${guide[@]}" --no-compile --
 step torchrun 0 python -m torch.distributed.run --standalone --nproc_per_node=1 train_stage2.py \
     "${train[@]}" "${guide[@]}" $compile --accum 4 --out "$D/torchrun"
 step logs 0 python -c "$logs" "$D"/{stage1,stage2,torchrun}/log.jsonl
-step probe 0 python experiments/probe.py "$D/stage1" --device $device --out "$D/probe"
+step probe 0 python -m experiments.checkpoints.probe "$D/stage1" --device $device --out "$D/probe"
 step samples 0 python sample.py --ckpt "$D/stage2" "${sample[@]}" --out "$D/samples"
 step guided 0 python sample.py --ckpt "$D/torchrun" "${sample[@]}" --cfg 2 --out "$D/guided"
 step fid 0 python fid.py "$D/samples" "$D/guided" --weights "$D/inception.pt" --device $device

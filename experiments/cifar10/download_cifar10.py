@@ -1,18 +1,16 @@
 """Write CIFAR-10 as an image folder, OUT/<class>/<index>.png, downloaded by torchvision.
 
-python experiments/cifar10.py data/cifar10-images           # the 50,000 training images
+python -m experiments.cifar10.download_cifar10 data/cifar10-images   # the 50,000 of training
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import models
-from models import say, setting
+import common
+from common import say, setting
 
 
 @dataclass
@@ -21,8 +19,8 @@ class Settings:
 
 
 def main():
-    out = Path(models.parse_settings(Settings, __doc__).out)
-    with models.reading("CIFAR-10", "cannot be downloaded; IMAGES=DIR takes images at hand"):
+    out = Path(common.parse_settings(Settings, __doc__).out)
+    with common.reading("CIFAR-10", "cannot be downloaded; IMAGES=DIR takes images at hand"):
         data = CIFAR10("data", train=True, download=True)
     for index, (pixels, label) in enumerate(zip(data.data, data.targets, strict=True)):
         folder = out / data.classes[label]
@@ -32,4 +30,4 @@ def main():
 
 
 if __name__ == "__main__":
-    models.run(main)
+    common.run(main)

@@ -1,7 +1,7 @@
 """How fast a machine is at all of it. Each figure is printed and written as soon as it is there.
 
-    python experiments/bench.py --device cuda     # five minutes at most -> out/bench.json
-    python experiments/bench.py --device cpu      # a small size, two minutes
+    python -m experiments.machine.bench --device cuda     # five minutes at most -> out/bench.json
+    python -m experiments.machine.bench --device cpu      # a small size, two minutes
 
 Weights and latents are random. A step is made of the training loop's own parts: on a card compiled
 block by block first, which starts in seconds; then whole, as the loop does it. See docs/gpu.md.
@@ -13,24 +13,22 @@ import json
 import os
 import signal
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
 import models
 import train_stage1
 from build_teacher import guided_features
-from models import UserError, say, setting
+from common import UserError, say, setting
 from sample import sample
-from train_stage1 import Alignment, Losses, State, draw, make_batch, parallel, rows_in_range
+from train_stage1 import Alignment, LossNetwork, State, draw, make_batch, parallel, rows_in_range
 from train_stage2 import Guidance
-from vae_latents import AutoencoderKL, LatentFolder, decode, from_uint8
+from vae_latents import AutoencoderKL, LatentFolder, from_uint8, to_images
 
 ROUNDS = 7  # in which a step is timed; the median counts
 # Dense bf16 TFLOP/s of a card, by a part of its name; the first that fits counts
@@ -104,7 +102,7 @@ class Step:
             adamw = torch.optim.AdamW(projector.parameters(), weight_decay=0, fused=True)
             self.state.projector, self.state.projector_optimizer = projector, adamw
         model = twin(self.state.model, "blocks" if mode == "blocks" else "eager")
-        self.network = Losses(model, self.state.projector, self.auxiliary, self.rows)
+        self.network = LossNetwork(model, self.state.projector, self.auxiliary, self.rows)
         if mode == "whole":
             self.network = parallel(self.network, self.args)
 
@@ -112,7 +110,7 @@ class Step:
         """(L_diff, L_aux)."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             target = self.auxiliary.target(batch[self.rows]) if self.state.projector else None
-            return self.network(batch.x_t, batch.t, batch.told, batch.velocity, target)
+            return self.network(batch.x_t, batch.t, batch.y_input, batch.velocity, target)
 
     def __call__(self):
         draws = draw(self.state.step, self.args, self.folder, self.device)
@@ -190,7 +188,7 @@ class Networks:
         pixels = torch.randint(0, 256, (number, side, side, 3), dtype=torch.uint8)
         latents, figures = torch.randn(number, 4, side // 8, side // 8), {"px": side}
         runs = {"encoded": lambda: torch.cat(vae.encode(from_uint8(pixels).to(self.device))).cpu()}
-        runs["decoded"] = partial(decode, vae, latents)
+        runs["decoded"] = partial(to_images, vae, latents)
         for title, run in runs.items():
             run()
             figures[f"images/s {title}"] = number / seconds(run)
@@ -245,8 +243,8 @@ class Settings:
 
 
 def main():
-    args = models.parse_settings(Settings, __doc__)
-    device, _, _ = models.setup(args.device)
+    args = common.parse_settings(Settings, __doc__)
+    device, _, _ = common.setup(args.device)
     on_card = device.type == "cuda"
     card = torch.cuda.get_device_name(device) if on_card else "a CPU"
     content = {"device": card, "torch": torch.__version__, "TFLOP/s count": COUNTED}
@@ -291,10 +289,10 @@ def main():
             raise
         except Exception as error:  # on a small card: out of memory
             found[name] = line = f"not measured, {type(error).__name__}: {str(error)[:100]}"
-        with models.atomic_write(args.out) as file:
+        with common.atomic_write(args.out) as file:
             file.write(json.dumps(content, indent=1).encode())
         say(f"{name}: {line}")
 
 
 if __name__ == "__main__":
-    models.run(main)
+    common.run(main)

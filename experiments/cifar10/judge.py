@@ -1,7 +1,7 @@
 """The judge of the demo and of the experiment: a small CNN, trained on a latent folder's images.
 
-    python experiments/classifier.py train data/shapes --out data/shapes/classifier.pt
-    python experiments/classifier.py judge data/shapes/classifier.pt out/samples/samples.npz ...
+    python experiments/judge.py train data/shapes --out data/shapes/classifier.pt
+    python experiments/judge.py judge data/shapes/classifier.pt out/samples/samples.npz ...
 
 `judge` prints a line of JSON for each file of samples. FD-CNN is the Frechet distance to the
 folder's images in this CNN's 128 features; precision and recall are those of fid.py in the same
@@ -20,11 +20,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import models
+import common
+from common import UserError, progress, say, setting
 from fid import frechet_distance, precision_recall, statistics
-from models import UserError, say, setting
-from vae_latents import LatentFolder, decode, find_vae, open_image, progress
+from vae_latents import LatentFolder, find_vae, open_image, to_images
 
 BATCH = 128  # of the training
 
@@ -57,11 +56,11 @@ def source_images(folder) -> torch.Tensor:
     if len(folder) < 20:
         raise UserError(f"{folder.path}: its {len(folder)} images are too few to learn from (20)")
     images = []
-    with models.reading(folder.path, "does not say which images it is of"):
+    with common.reading(folder.path, "does not say which images it is of"):
         names = json.loads((folder.path / "files.json").read_text())
         size, source = folder.meta["image_size"], Path(folder.meta["source"])
     for file in (source / name for name in names):
-        with models.reading(file, "is not the image any more that was encoded"):
+        with common.reading(file, "is not the image any more that was encoded"):
             images.append(open_image(file, size))
     return torch.from_numpy(np.stack(images))
 
@@ -72,7 +71,7 @@ def round_trips(folder) -> torch.Tensor:
     decoded = []
     for first in progress("round trips: thousand", range(0, len(folder), 1000)):
         mean = torch.tensor(folder.moments[first : first + 1000]).float().chunk(2, dim=1)[0]
-        decoded.append(torch.from_numpy(decode(vae, vae.scale * mean)))
+        decoded.append(torch.from_numpy(to_images(vae, vae.scale * mean)))
     return torch.cat(decoded)
 
 
@@ -138,7 +137,7 @@ def train(args):
         best = measure(cnn, saved, decoded[held], labels[held])
         saved["round_trips"] = [best["FD-CNN"], best["agreement"]]
         say(f"their VAE round trips: {json.dumps(best)}")
-    with models.atomic_write(args.out) as file:
+    with common.atomic_write(args.out) as file:
         torch.save(saved, file)
 
 
@@ -165,8 +164,8 @@ def measure(cnn, saved, images, labels) -> dict:
 
 def load(path) -> tuple[CNN, dict]:
     """(The CNN in eval mode, the file)."""
-    with models.reading(path, "is no judge; make one with classifier.py train"):
-        saved = models.load_file(path)
+    with common.reading(path, "is no judge; make one with judge.py train"):
+        saved = common.load_file(path)
         cnn = CNN(saved["classes"], saved["width"]).to(memory_format=torch.channels_last)
         cnn.load_state_dict(saved["model"])
         saved["mu"], saved["sigma"], saved["reference"]
@@ -175,7 +174,7 @@ def load(path) -> tuple[CNN, dict]:
 
 def read_samples(path, saved) -> tuple[torch.Tensor, torch.Tensor]:
     """(Images (N, S, S, 3) uint8, labels (N,)) of a samples.npz that this judge can judge."""
-    with models.reading(path, "is no samples.npz for this judge"), np.load(path) as samples:
+    with common.reading(path, "is no samples.npz for this judge"), np.load(path) as samples:
         images, labels = samples["arr_0"], samples["labels"]
         side, classes = saved.get("size", images.shape[1]), saved["classes"]
         if images.dtype != np.uint8 or images.shape != (len(labels), side, side, 3):
@@ -197,8 +196,8 @@ def main():
         del sys.argv[1]
     elif "--help" not in sys.argv:
         raise UserError("give `train DATA --out FILE`, or `judge FILE SAMPLES...` (--help)")
-    train(models.parse_settings(Settings, __doc__))
+    train(common.parse_settings(Settings, __doc__))
 
 
 if __name__ == "__main__":
-    models.run(main)
+    common.run(main)

@@ -1,21 +1,19 @@
 """Draw an image folder: eight classes of figures, OUT/<class>/<index>.png.
 
-    python experiments/shapes.py data/shapes-images --num 10000 --size 32
+    python -m experiments.demo.shapes data/shapes-images --num 10000 --size 32
 
 Image i is a function of i alone. The class is the figure's outline; its place, size, tilt and style
 and the three colours are free, and most of what a network must learn.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import models
-from models import say, setting
+import common
+from common import say, setting
 
 
 def polygon(n, r=1.0, turn=0.0):
@@ -100,10 +98,10 @@ class Settings:
 
 
 def main():
-    args = models.parse_settings(Settings, __doc__)
+    args = common.parse_settings(Settings, __doc__)
     write(args.out, args.num, args.size)
     say(f"{args.out}: {args.num} drawings of {len(FIGURES)} shapes, {args.size} px")
 
 
 if __name__ == "__main__":
-    models.run(main)
+    common.run(main)

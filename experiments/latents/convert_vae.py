@@ -1,6 +1,6 @@
 """A VAE file of this project from Stable Diffusion's weights, in the forms in which they come.
 
-    python experiments/convert_vae.py sd-vae-ft-ema data/sd-vae.pt --scale 0.18215
+    python -m experiments.latents.convert_vae sd-vae-ft-ema data/sd-vae.pt --scale 0.18215
 
 SOURCE is a folder of diffusers, or a file: .safetensors, .bin, .pt or .ckpt, with the names of
 diffusers or of CompVis, or a whole Stable Diffusion checkpoint, whose VAE is taken out. The scale
@@ -10,7 +10,6 @@ Diffusion 1 and 2 have 0.18215, SDXL has 0.13025.) OUT is written when it is kno
 
 import json
 import re
-import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
@@ -18,9 +17,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import models
-from models import UserError, say, setting
+import common
+from common import UserError, say, setting
 from vae_latents import load_vae
 
 RENAMED = {  # pattern: name in this project, which is that of diffusers
@@ -62,7 +60,7 @@ def weights_file(source: Path) -> Path:
 
 def read_tensors(path: Path) -> dict:
     """{name: tensor} of a file of weights, read as plain data."""
-    with models.reading(path, "cannot be read (.safetensors needs `pip install safetensors`)"):
+    with common.reading(path, "cannot be read (.safetensors needs `pip install safetensors`)"):
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
@@ -73,7 +71,7 @@ def read_tensors(path: Path) -> dict:
         if strangers:
             say(f"{path}: of its {', '.join(strangers)} nothing is read or run")
         with torch.serialization.safe_globals([(Inert, name) for name in strangers]):
-            saved = models.load_file(path)
+            saved = common.load_file(path)
     for key in ("state_dict", "model"):
         saved = saved[key] if isinstance(saved.get(key), dict) else saved
     return saved
@@ -83,7 +81,7 @@ def find_scale(path: Path, given: float | None) -> float:
     """The scale in the config.json beside the weights, or the given one; UserError for neither."""
     config, says = path.parent / "config.json", {}
     if config.is_file():
-        with models.reading(config, "is no config.json of diffusers"):
+        with common.reading(config, "is no config.json of diffusers"):
             says = {**json.loads(config.read_text())}
     if says.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         raise UserError(f"{config}: is of {says['_class_name']}; supported is AutoencoderKL")
@@ -130,12 +128,12 @@ class Settings:
 
 
 def main():
-    args = models.parse_settings(Settings, __doc__)
+    args = common.parse_settings(Settings, __doc__)
     if Path(args.out).exists():
         raise UserError(f"{args.out}: is there already; choose another name")
     path = weights_file(Path(args.source))
     state = read_tensors(path)
-    with models.reading(path, "is no VAE with the names of diffusers or CompVis"):
+    with common.reading(path, "is no VAE with the names of diffusers or CompVis"):
         content = {"model": converted(state), "scale": find_scale(path, args.scale)}
     with tempfile.TemporaryDirectory() as folder:
         trial = Path(folder) / "vae.pt"
@@ -144,10 +142,10 @@ def main():
             vae = load_vae(trial)
         except UserError as error:
             raise UserError(str(error).replace(str(trial), str(path))) from error
-    with models.atomic_write(args.out) as file:
+    with common.atomic_write(args.out) as file:
         torch.save(content, file)
     say(f"{args.out}: latents of {vae.latent_channels} channels, scale {vae.scale}")
 
 
 if __name__ == "__main__":
-    models.run(main)
+    common.run(main)

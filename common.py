@@ -1,0 +1,275 @@
+"""What every script shares: settings, messages, files, processes, long work. No method here."""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import inspect
+import math
+import os
+import re
+import sys
+import time
+import traceback
+import zipfile
+from dataclasses import field, fields
+from operator import ge, gt, le, lt
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+# ---- Settings: a dataclass. Each field is a flag, and the comment behind it is its --help
+
+RULES = {"at_least": ge, "above": gt, "below": lt, "at_most": le}  # what a number can be held to
+
+
+def setting(default, help=None, **rules):
+    """A setting that is checked: by RULES, or `choices`. `positional`: it has no flag. `change`: a
+    continued run may change it ("free"), or may and prints so ("printed"); others never may."""
+    return field(default=default, metadata={"help": help, **rules})
+
+
+def parse_settings(Settings: type, doc: str):
+    """The command line as an object of the dataclass `Settings`; UserError for a bad value."""
+    source = "".join(map(inspect.getsource, reversed(Settings.__mro__[:-1])))
+    comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", source, re.MULTILINE))
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=style, allow_abbrev=False)
+    parser.error = refuse
+    for f in fields(Settings):
+        help = f.metadata.get("help") or comments.get(f.name, "")
+        help += "" if f.default in (None, "") else f" (default: {f.default})"
+        kind = getattr(f.type, "__args__", (f.type,))[0]  # `int | None` is an int
+        options = {"type": kind, "choices": f.metadata.get("choices")}
+        if kind is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        name = flag(f.name)
+        if "positional" in f.metadata:
+            name, options["nargs"] = f.name, "?" if f.default is None else None
+        parser.add_argument(name, default=f.default, help=help.replace("%", "%%"), **options)
+    settings = Settings(**vars(parser.parse_args()))
+    for f in fields(Settings):
+        value = getattr(settings, f.name)
+        rules = dict(f.metadata)
+        if type(value) is int:
+            rules.setdefault("at_least", 1)  # whole numbers count something
+        if value == "" and f.default != "":
+            refuse(f"{flag(f.name)}: must not be empty")
+        if isinstance(value, float) and not math.isfinite(value):
+            refuse(f"{flag(f.name)} {value}: must be a finite number")
+        for rule, limit in rules.items():
+            if rule in RULES and value is not None and not RULES[rule](value, limit):
+                refuse(f"{flag(f.name)} {value}: must be {rule.replace('_', ' ')} {limit}")
+    return settings
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def refuse(message):
+    raise UserError(f"{message} (--help lists the flags)")
+
+
+# ---- Messages
+
+
+class UserError(Exception):
+    """A user's mistake. `run` prints it as one line on stderr and exits with status 2."""
+
+
+def run(main):
+    """Call main(). A UserError or OSError is one line and status 2, Ctrl-C status 130."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # a daemon has closed it
+        stream.reconfigure(errors="backslashreplace")  # for characters the terminal lacks
+        setattr(sys, name, stream)
+    status = 0
+    try:
+        main()
+    except SystemExit as stop:  # of --help, or an end that all processes agreed on
+        status = stop.code
+    except KeyboardInterrupt:
+        status = 130
+    except (UserError, OSError) as error:
+        status = 2
+        if not IS_FIRST:
+            time.sleep(3)  # the first process reports, then torchrun ends the others
+        say(f"{Path(sys.argv[0]).name}: error: {error}", sys.stderr, rank_0_alone=False)
+    except Exception:
+        status = 1
+        traceback.print_exc()
+    if dist.is_initialized():
+        if status in (1, 2, 130):
+            os._exit(status)  # at once: its peers may wait for it in a collective
+        dist.destroy_process_group()
+        time.sleep(0.5)  # in which gloo's threads end; Python's own end would abort them
+    sys.exit(status)
+
+
+def say(text, stream=None, rank_0_alone=True):
+    """Print one line. Unprintable characters are escaped: a file name may hold any of them."""
+    if rank_0_alone and not IS_FIRST:
+        return
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    stream = stream or sys.stdout
+    try:
+        print(line, file=stream, flush=True)
+    except OSError:  # a closed pipe or a full disk does not stop a run: print no more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def warn(text):
+    say(f"warning: {text}", sys.stderr)
+
+
+# ---- Files
+
+
+@contextlib.contextmanager
+def reading(path, problem):
+    """Turn whatever goes wrong while a user's file is read into one line: "PATH: problem"."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if "Weights only" in reason or "allow_pickle" in reason:  # their advice is unsafe
+            reason = " ".join(["not plain data:", *re.findall(r"GLOBAL ([^ ]+)", str(error))])
+        if Path(path).is_file() and not zipfile.is_zipfile(path):
+            reason += f"; begins with {open(path, 'rb').read(30)!r}"
+        if "b'version https://git-lfs" in reason:
+            problem = "is a Git LFS pointer; run git lfs pull to fetch the file itself"
+        raise UserError(f"{path}: {problem} ({reason})") from error
+
+
+def load_file(path, format=None) -> dict:
+    """torch.load of tensors and plain Python, never of code, after the archive's checksums.
+    The tensors stay mapped to the file: copy what must outlive it. It raises many kinds of
+    errors, so call it inside `with reading(...)`."""
+    zipped = zipfile.is_zipfile(path)
+    if zipped and (bad := zipfile.ZipFile(path).testzip()):
+        raise ValueError(f"the checksum of {bad} is wrong")
+    saved = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=zipped))
+    if format and saved.get("format") != format:
+        raise ValueError(f"its format is {saved.get('format')}, not {format}")
+    return saved
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """A binary file for writing. `path` is the old file, or none, until the new one is whole."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: could not be written, nothing is lost ({error})") from error
+
+
+def lock(folder):
+    """Make `folder`, and keep other runs out of it for as long as the returned file lives (the
+    system frees a dead run's lock). Of several processes, the first one holds it for all."""
+    if not IS_FIRST:
+        return None
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file = open(Path(folder) / ".lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise UserError(f"{folder}: another run is using it; choose another --out") from error
+    except OSError as error:
+        warn(f"{folder}: cannot be locked ({error}); start no second run")
+    return file
+
+
+# ---- Processes
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
+IS_FIRST = os.environ.get("RANK") == "0" or not all(name in os.environ for name in TORCHRUN)
+
+
+def setup(device="auto") -> tuple[torch.device, int, int]:
+    """(device, rank, world size), after joining torchrun's processes if there are any."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    usable = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if device not in usable:
+        raise UserError(f"--device {device}: must be one of {', '.join(usable)}")
+    if device != "cpu":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions do by default
+    found = [f"{name}={os.environ[name]}" for name in TORCHRUN if name in os.environ]
+    if len(found) < len(TORCHRUN):
+        if found:
+            warn(f"{' '.join(found)} without the rest of {TORCHRUN}: one process alone")
+        return torch.device(device), 0, 1
+    with reading(" ".join(found), "no torchrun answers there; unset these variables"):
+        if not dist.is_initialized():  # gloo carries CPU tensors, NCCL CUDA's
+            dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
+    return torch.device(device), dist.get_rank(), dist.get_world_size()
+
+
+def gather(item=None) -> list:
+    """The `item` of every process, in a list by rank. Without an item: wait for all of them."""
+    items = [item] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(items, item)
+    return items
+
+
+# ---- Long work, shared by processes, continued after a kill
+
+
+def fingerprint(*items) -> str:
+    """sha256 of tensors, arrays and plain values: the same content has the same hash."""
+    digest = hashlib.sha256()
+    for item in items:
+        if isinstance(item, torch.Tensor):
+            item = item.cpu().numpy()
+        is_array = isinstance(item, np.ndarray)
+        digest.update(item.tobytes() if is_array else repr(item).encode())
+    return digest.hexdigest()
+
+
+def progress(what, items, world=1):
+    """The `items`, one by one; prints how far it is: at the first, the last, every 5 seconds."""
+    start, shown = time.time(), 0.0
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.time()
+        if now > shown + 5 or done == len(items):
+            shown, rate = now, done / (now - start + 1e-9)
+            far = f"{what} {done * world}/{len(items) * world}"
+            say(f"{far}  {rate * world:.1f}/s  {(len(items) - done) / rate:.0f} s left")
+
+
+def shared_array(path, shape, dtype, rank) -> np.ndarray:
+    """An array on disk, zeros at first, that processes fill and a killed run goes on with."""
+    if rank == 0 and not path.exists():
+        temporary = path.with_suffix(".tmp")
+        array = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            with open(temporary, "r+b") as file:  # a full disk is an error here, no crash later
+                os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
+        os.replace(temporary, path)
+    gather()  # the others wait
+    with reading(path, "is damaged; remove it and run the same command again"):
+        return np.load(path, mmap_mode="r+")
+
+
+def chunks_to_do(done, size, rank, world) -> list[np.ndarray]:
+    """This process's chunks of `size` rows; the chunks are the same whoever works on them."""
+    chunks = np.split(np.arange(len(done)), range(size, len(done), size))
+    return [rows for rows in chunks[rank::world] if not done[rows].all()]
