@@ -136,6 +136,10 @@ def reading(path, problem):
     except UserError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and not isinstance(
+            error, FileNotFoundError | IsADirectoryError
+        ):
+            problem = "cannot be read"  # which says nothing about the file itself
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if "Weights only" in reason or "allow_pickle" in reason:  # their advice is unsafe
             reason = " ".join(["not plain data:", *re.findall(r"GLOBAL ([^ ]+)", str(error))])

@@ -243,10 +243,8 @@ def checkpoints(folder) -> list[Path]:
 
 def read_checkpoint(path) -> dict:
     """What a checkpoint file holds; UserError for a file that is not one of this project's."""
-    convert = (
-        f"another project's: python -m experiments.checkpoints.convert_sit {path} OUT --vae FILE"
-    )
-    with reading(path, f"is no checkpoint of train_stage1.py or train_stage2.py; {convert}"):
+    convert = f"python -m experiments.checkpoints.convert_sit {path} OUT --vae FILE"
+    with reading(path, f"is no checkpoint of this project; convert another's by {convert}"):
         saved = load_file(path, FORMAT)
         saved["args"], saved["meta"]["identity"], saved["step"]  # a KeyError if one is missing
     return saved

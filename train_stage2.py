@@ -47,7 +47,9 @@ class Guidance(Auxiliary):
         facts["latents"] = theirs["identity"], ours["identity"]
         for what, (its, needed) in facts.items():
             if its not in (None, needed):  # None: it does not say
-                raise UserError(f"--teacher {args.teacher}: its {what} is {its}, not {needed}")
+                raise UserError(
+                    f"--teacher {args.teacher}: has {what} {its}, not {needed}; give this run's own"
+                )
         self.s = saved["scale"] if args.guide_scale is None else args.guide_scale
         self.identity = fingerprint(self.s, *teacher.state_dict().values())
         self.teacher = teacher.to(device)

@@ -154,8 +154,8 @@ def from_uint8(images) -> torch.Tensor:
 
 def load_vae(path) -> AutoencoderKL:
     """An AutoencoderKL in eval mode from a file of {"model": tensors, "scale": number}."""
-    convert = f"if it is another project's: python -m experiments.latents.convert_vae {path} OUT"
-    with common.reading(path, f"is no VAE file of this project; {convert}"):
+    convert = f"convert another project's: python -m experiments.latents.convert_vae {path} OUT"
+    with common.reading(path, f"is no VAE file for --vae; {convert}"):
         saved = common.load_file(path)
         scale, state = float(saved["scale"]), saved["model"]  # a scale is never assumed
         # The sizes are read off the tensors: one conv1 a ResnetBlock, one resnets.0 a stage
@@ -268,7 +268,11 @@ class LatentFolder:
 
     def __init__(self, path):
         self.path = path = Path(path)
-        with common.reading(path, "is no complete latent folder; run vae_latents.py (again)"):
+        if not (path / "meta.json").is_file():
+            raise UserError(
+                f"{path}: is no complete latent folder; make or finish it by vae_latents.py"
+            )
+        with common.reading(path, "is damaged; remove it and run vae_latents.py again"):
             self.meta = meta = json.loads((path / "meta.json").read_text())
             labels = np.load(path / "labels.npy").astype(np.int64, casting="safe")
             self.labels, N = torch.from_numpy(labels), meta["num_images"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
@@ -26,11 +26,13 @@ TRAIN = "--model SiT-Ti/8 --batch-size 8 --lr 1e-3 --projector-dim 32 --log-ever
 TRAIN = f"{TRAIN} --ema-ramp --device cpu".split()  # the average of a few steps is a trained one
 
 
-def script(name, *args, processes=1, env=None, timeout=300):
-    """Run a script from ROOT, under torchrun if `processes` > 1; the CompletedProcess."""
+def script(name, *args, processes=1, env=None, timeout=600):
+    """Run a script from ROOT, or a module such as experiments.machine.bench, under torchrun if
+    `processes` > 1; the CompletedProcess."""
+    what = ["-m", name] if str(name).startswith("experiments.") else [ROOT / name]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.run(
-        [sys.executable, *(torchrun if processes > 1 else []), ROOT / name, *map(str, args)],
+        [sys.executable, *(torchrun if processes > 1 else []), *what, *map(str, args)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -93,6 +95,19 @@ def tiny(num_classes=10, seed=0, patch=8, size=16, name="SiT-Ti"):
         if p.abs().sum() == 0:
             torch.nn.init.normal_(p, std=0.05)
     return model
+
+
+def one_loss(model, projector, loss, rows):
+    """A LossNetwork with one loss, or none that runs: (x_t, t, y, velocity, target) -> 2 losses."""
+    from train_stage1 import LossNetwork
+
+    class OneLoss(LossNetwork):
+        def forward(self, x_t, t, y_input, velocity, target=None):
+            targets = {} if target is None else {loss.name: target}
+            return super().forward(x_t, t, y_input, velocity, targets)
+
+    loss.rows = rows
+    return OneLoss(model, {} if projector is None else {loss.name: projector}, [loss])
 
 
 def write_folder(path, num=48, classes=10, shape=(4, 16, 16), seed=0, scale=1.0):

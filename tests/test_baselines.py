@@ -7,18 +7,17 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TRAIN, build, call, tiny, write_folder
+from conftest import TRAIN, build, call, one_loss, tiny, write_folder
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import build_teacher
-import common
 import train_stage1
 import train_stage2
 from common import UserError
 from experiments.cifar10 import report
-from experiments.methods import repa, repa_features, sra
-from train_stage1 import LossNetwork, draw, make_batch, rows_in_range
+from experiments.methods import method, repa, repa_features, sra
+from train_stage1 import draw, make_batch, rows_in_range
 from vae_latents import LatentFolder
 
 METHODS = {"repa": (repa, repa.Repa), "sra": (sra, sra.Sra)}
@@ -58,7 +57,7 @@ def write_images(folder, images):
 
 def settings(Loss, **more):
     args = Loss.Settings(model="SiT-Ti/8", batch_size=B, projector_dim=32, **more)
-    common.complete(args, Loss)
+    method.complete(args, Loss)
     return args
 
 
@@ -82,7 +81,7 @@ def computed(loss, folder, ema=None):
     assert batch.x_t.dtype == torch.float64
     rows = rows_in_range(B, 1, loss.t_min, loss.t_max)
     assert rows == slice(0, B)  # at all t
-    losses = LossNetwork(model, projector, loss, rows)
+    losses = one_loss(model, projector, loss, rows)
     _, aux = losses(batch.x_t, batch.t, batch.y_input, batch.velocity, loss.target(batch[rows]))
     return aux.item(), batch, model, projector
 
@@ -111,7 +110,7 @@ def test_repa(folder, features):
     got, batch, model, projector = computed(repa.Repa(args), folder)
     table, wanted = np.load(features).astype(np.float64), 0.0
     for i in range(B):
-        answer = projector(one(model, batch.x_t[i], batch.t[i], batch.told[i], 3)).numpy()
+        answer = projector(one(model, batch.x_t[i], batch.t[i], batch.y_input[i], 3)).numpy()
         for a, b in zip(answer, table[batch.indices[i]], strict=True):
             wanted -= (a @ b) / math.sqrt((a @ a) * (b @ b)) / T / B
     close(got, wanted)
@@ -124,12 +123,12 @@ def test_sra(folder):
         got, batch, model, projector = computed(loss, folder, ema)
         wanted, clamped = 0.0, 0
         for i in range(B):
-            answer = projector(one(model, batch.x_t[i], batch.t[i], batch.told[i], 2))
+            answer = projector(one(model, batch.x_t[i], batch.t[i], batch.y_input[i], 2))
             t = batch.t[i] - 0.2 * batch.u[i]
             clamped += int(t < 0)
             t = max(t, torch.zeros_like(t))
             x = (1 - t) * batch.x0[i] + t * batch.eps[i]
-            wanted += smooth_l1(answer, one(ema, x, t, batch.told[i], 5)) / B
+            wanted += smooth_l1(answer, one(ema, x, t, batch.y_input[i], 5)) / B
         close(got, wanted)
         assert 0 < clamped < B and (batch.y_input != batch.y).any()
         assert len(ema.blocks) == ema.depth == 8 and ema.final_layer is not None  # left whole
@@ -143,7 +142,7 @@ def test_the_papers_blocks_and_weights(monkeypatch):
         "sra": (0.2, {"B": [3, 8], "L": [6, 16], "XL": [8, 20]}),
     }
     seen = []
-    monkeypatch.setattr(common, "train", lambda args, loss: seen.append((args, loss)))
+    monkeypatch.setattr(method, "train", lambda args, loss: seen.append((args, loss)))
     for name, (weight, sizes) in wanted.items():
         for size, blocks in sizes.items():
             call(METHODS[name][0], "--model", f"SiT-{size}/2")
@@ -240,7 +239,7 @@ def test_extra_cost_against_counted_flops(name, folder, features):
     def flops(projector):
         with FlopCounterMode(display=False) as counter:
             target = loss.target(batch) if projector else None
-            losses = LossNetwork(model, projector, loss, slice(0, B))
+            losses = one_loss(model, projector, loss, slice(0, B))
             sum(losses(batch.x_t, batch.t, batch.y_input, batch.velocity, target)).backward()
         return counter.get_total_flops()
 

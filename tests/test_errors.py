@@ -17,7 +17,6 @@ from PIL import Image
 
 import build_teacher
 import common
-import models
 import sample
 import train_stage1
 import train_stage2
@@ -106,7 +105,7 @@ def damage(folder, what):
 
 
 DAMAGES = {
-    "half-encoded": "cut off",
+    "half-encoded": "is no complete latent folder",
     "version": "format 99",
     "truncated": "remove it",
     "no moments": "moments.npy",
@@ -143,7 +142,7 @@ def vae(tmp_path):
     return ["--vae", tmp_path / "vae.pt", "--image-size", 32, "--device", "cpu"]
 
 
-KINDS = {"none": "nowhere", "flat": "one folder a class", "empty class": "cat"}
+KINDS = {"none": "nowhere", "flat": "needs a folder for each class", "empty class": "cat"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -171,7 +170,7 @@ def test_unwritable_or_bad_vae(refused, tmp_path, vae):
     texts = {"none.bin": "No such file", "text.bin": "hello", "other.pt": "scale"}
     for name, says in texts.items():
         refused(*flags, "--vae", tmp_path / name, "--out", tmp_path / "o", says=[name, says])
-    refused(*flags, "--vae", tmp_path, "--out", tmp_path / "o", says=["convert_vae.py"])
+    refused(*flags, "--vae", tmp_path, "--out", tmp_path / "o", says=["convert_vae"])
     whole = torch.load(tmp_path / "vae.pt", weights_only=True)
     for scale in (0, -1.0, float("nan"), float("inf"), "large", None, [1.0]):
         torch.save({**whole, "scale": scale}, tmp_path / "scale.pt")
@@ -234,8 +233,8 @@ BAD_FLAGS = {
     f"--seed {2**64}": "--seed",
     "--steps many": "--steps",
     "--setps 4": "--setps",
-    "--device tpu9": "usable are ['cpu'",
-    "--device mps": "usable are ['cpu'",
+    "--device tpu9": "must be one of cpu",
+    "--device mps": "must be one of cpu",
     "--device cuda:99": "cuda:99",
 }
 
@@ -268,14 +267,14 @@ def test_out_that_cannot_be(refused, train, tmp_path):
 def test_processes_of_different_settings(train):
     """Batches that do not divide, and one process started with another rate: said once, by one."""
     result = script("train_stage1.py", *train, "--batch-size", 9, processes=2)
-    assert "--batch-size 9: not divisible by 2" in result.stderr
+    assert "--batch-size 9: is not divisible by 2" in result.stderr
     assert result.stderr.count("error: --batch-size") == 1
 
 
-def test_processes_must_agree(monkeypatch):
-    monkeypatch.setattr(models, "gather", lambda items: [items, {**items, "settings": "--lr 1"}])
+def test_processes_must_agree(train, monkeypatch):
+    monkeypatch.setattr(common, "gather", lambda item=None: [item, f"{item} of --lr 1"])
     with pytest.raises(UserError, match="different settings"):
-        models.agree(settings="--lr 2", latents=3)
+        call(train_stage1, *train)
 
 
 def test_patch_that_does_not_tile(refused, tmp_path):
@@ -305,7 +304,7 @@ def test_continuing_with_other_arguments(refused, run_copy, tmp_path, runs):
     flags = ["train_stage1.py", *run_copy, "--steps", 12]
     err = refused(*flags, "--ema", 0.5, "--batch-size", 16, says=["--ema 0.9999 -> 0.5"])
     assert "--batch-size 8 -> 16" in err and "--steps" not in err
-    refused(*flags[:-1], 6, says=["--steps", "step 8", "6"])
+    refused(*flags[:-1], 6, says=["--steps", "step 8"])
     refused(*flags, "--data", write_folder(tmp_path / "d"), says=["--data (other latents)"])
     stage2 = ["train_stage2.py", *flags[1:], "--seed", 0]
     refused(*stage2, "--teacher", runs / "teacher/teacher.pt", says=["--stage align -> guide"])
@@ -376,7 +375,8 @@ def test_a_step_that_is_not_finite_ends_the_run_and_nothing_of_it_is_kept(refuse
     for file in (tmp_path / "o").glob("*.pt"):
         saved = torch.load(file, weights_only=True)
         assert all(p.isfinite().all() for key in ("model", "ema") for p in saved[key].values())
-    for line in (tmp_path / "o/log.jsonl").open():
+    log = tmp_path / "o/log.jsonl"
+    for line in log.open() if log.exists() else []:
         assert all(np.isfinite(value) for value in json.loads(line).values())
 
 
@@ -488,7 +488,7 @@ def test_a_converted_teacher_knows_labels_alone(refused, runs, latents, tmp_path
     saved["meta"].update(classes=numbers, identity=None)
     torch.save(saved, tmp_path / "t.pt")
     call(train_stage2, *flags, "--data", latents, "--out", tmp_path / "a")
-    assert "converted; are these its latents and labels?" in capsys.readouterr().err
+    assert "does not say which latents" in capsys.readouterr().err
     more = ["--data", relabelled(latents, tmp_path / "more", classes=[*numbers, "one more"])]
     refused("train_stage2.py", *flags, *more, "--out", tmp_path / "b", says=["classes 8, not 9"])
 
@@ -518,7 +518,7 @@ def test_building_a_teacher(refused, runs, tmp_path, capsys):
     refused(*ckpt, "--guide-scale", 0.9, says=["--guide-scale 0.9"])
     refused(*ckpt, "--guide-scale", "inf", says=["--guide-scale inf"])
     none = ["--ckpt", tmp_path / "none.pt", "--out", tmp_path / "o"]
-    refused("build_teacher.py", *none, says=["none.pt", "train_stage*.py"])
+    refused("build_teacher.py", *none, says=["none.pt", "is no checkpoint of this project"])
     refused(*ckpt, "--student", "SiT-H/2", says=["SiT-H/2"])
     assert not (tmp_path / "o").exists()
     vanilla = torch.load(runs / "stage1/ckpt-0000008.pt", weights_only=True)
@@ -551,7 +551,7 @@ SAMPLING = {
     "--classes 3,cat": "--classes cat",
     "--classes 3,": "--classes",
     "--classes -1": "--classes -1",
-    "--classes 10": "Labels run from 0 to 7",
+    "--classes 10": "labels are 0 to 7",
     "--guidance-low 0.8 --guidance-high 0.2": "--guidance-low",
     "--mode magic": "--mode",
     "--vae /nowhere.bin": "/nowhere.bin",

@@ -23,18 +23,11 @@ import build_teacher
 import models
 import sample
 from common import UserError
-from experiments import (
-    classifier,
-    convert_sit,
-    convert_vae,
-    plot,
-    probe,
-    report,
-    shapes,
-    sheet,
-    small_vae,
-)
-from experiments.cifar10 import judge
+from experiments.checkpoints import convert_sit, plot, probe
+from experiments.cifar10 import judge as judging
+from experiments.cifar10 import report
+from experiments.demo import shapes, sheet
+from experiments.latents import convert_vae, small_vae
 from experiments.methods import repa_features
 from models import load_checkpoint
 from vae_latents import AutoencoderKL, LatentFolder, load_vae
@@ -174,8 +167,8 @@ def test_the_command_that_load_vae_names(vae, tmp_path):
 
 
 def run_named(message, out, *more):
-    """Run the command `python experiments/convert_... PATH OUT` that a message names."""
-    name, path = re.search(r"python (experiments/convert_\w+\.py) (\S+) OUT", message).groups()
+    """Run the command `python -m experiments. ... convert_... PATH OUT` that a message names."""
+    name, path = re.search(r"python -m (experiments\.\w+\.convert_\w+) (\S+) OUT", message).groups()
     return script(name, path, out, *more)
 
 
@@ -405,10 +398,10 @@ def pictures(tmp_path):
 def test_a_judge_with_bad_settings(flags, pictures, tmp_path):
     out = tmp_path / "judge.pt"
     given = ["train", pictures, "--out", out, *flags.split()]
-    refused(classifier, *given, says=flags.split()[:1], out=out)
+    refused(judging, *given, says=flags.split()[:1], out=out)
 
 
-@pytest.mark.parametrize("module,first", [(classifier, ["train"]), (repa_features, ["--data"])])
+@pytest.mark.parametrize("module,first", [(judging, ["train"]), (repa_features, ["--data"])])
 def test_too_few_or_lost_images_for_a_cnn(module, first, pictures, tmp_path):
     few, more = write_folder(tmp_path / "few", num=1, classes=1), ["--steps", 1]
     more += ["--model", "SiT-Ti/4"] if module is repa_features else ["--out", tmp_path / "judge.pt"]
@@ -430,19 +423,19 @@ def test_features_of_a_patch_that_does_not_tile(pictures):
 def test_a_judge_of_photographs(latents, tmp_path, recwarn):
     judge = tmp_path / "judge.pt"
     flags = ["--augment", "--round-trips", "--steps", 2, "--width", 4, "--out", judge]
-    call(classifier, "train", latents, *flags)
+    call(judging, "train", latents, *flags)
     assert not recwarn.list
-    cnn, saved = classifier.load(judge)
+    cnn, saved = judging.load(judge)
     folder = LatentFolder(latents)
     vae = load_vae(folder.meta["vae"]["path"])
     mean = torch.tensor(folder.moments[:, :4]).float()
     with torch.no_grad():
         pixels = torch.cat([vae.decode(one[None]) for one in mean]).permute(0, 2, 3, 1)
     by_hand = (127.5 * (pixels.clamp(-1, 1) + 1)).round()
-    decoded = judge.round_trips(folder)
+    decoded = judging.round_trips(folder)
     assert (decoded - by_hand).abs().max() <= 1  # one at a time, it rounds otherwise
     held = torch.tensor([i % 10 == i // 10 % 10 for i in range(len(folder))])
-    found = judge.measure(cnn, saved, decoded[held], folder.labels[held])
+    found = judging.measure(cnn, saved, decoded[held], folder.labels[held])
     assert saved["round_trips"] == [found["FD-CNN"], found["agreement"]]
 
 
@@ -450,7 +443,7 @@ def test_augmented_images_are_mirrored_and_rolled():
     torch.manual_seed(0)
     images, seen = torch.randint(256, (20, 16, 16, 3), dtype=torch.uint8), set()
     for _ in range(50):
-        batch = judge.augmented(images)
+        batch = judging.augmented(images)
         for number, image in enumerate(batch):
             for mirror, down, right in itertools.product((0, 1), range(-3, 4), range(-3, 4)):
                 source = np.fliplr(images[number]) if mirror else images[number].numpy()
@@ -478,7 +471,7 @@ def test_a_round_trip_has_its_image_s_label():
 
     images = labels.byte().view(-1, 1, 1, 1).expand(-1, 8, 8, 3)
     cnn = Sees()
-    judge.fit(cnn, torch.cat([images, images]), labels, torch.arange(7, 14), steps=50)
+    judging.fit(cnn, torch.cat([images, images]), labels, torch.arange(7, 14), steps=50)
     assert cnn.trust > 0.05  # 50 steps of up to 0.003
 
 
@@ -489,9 +482,9 @@ def write_samples(path, images=4, side=32, labels=(0, 1, 2, 0), dtype=np.uint8, 
 
 def test_judging(pictures, tmp_path, capsys):
     judge, npz = tmp_path / "judge.pt", tmp_path / "samples.npz"
-    call(classifier, "train", pictures, "--out", judge, "--steps", 1, "--width", 4)
+    call(judging, "train", pictures, "--out", judge, "--steps", 1, "--width", 4)
     capsys.readouterr()
-    call(classifier, "judge", judge, write_samples(npz))
+    call(judging, "judge", judge, write_samples(npz))
     record = json.loads(capsys.readouterr().out)
     assert record.keys() == {"samples", "FD-CNN", "agreement", "precision", "recall"}
     others = {
@@ -503,17 +496,17 @@ def test_judging(pictures, tmp_path, capsys):
     }
     for says, wrong in others.items():
         says = "32 px" if says == "16 px" else says
-        refused(classifier, "judge", judge, write_samples(npz, **wrong), says=["samples.npz", says])
+        refused(judging, "judge", judge, write_samples(npz, **wrong), says=["samples.npz", says])
     np.savez(npz, mu=np.zeros(3))
-    refused(classifier, "judge", judge, npz, says=["samples.npz", "arr_0"])
-    refused(classifier, "judge", judge, tmp_path / "none.npz", says=["none.npz"])
-    refused(classifier, "judge", npz, npz, says=["samples.npz"])
+    refused(judging, "judge", judge, npz, says=["samples.npz", "arr_0"])
+    refused(judging, "judge", judge, tmp_path / "none.npz", says=["none.npz"])
+    refused(judging, "judge", npz, npz, says=["samples.npz"])
     whole = torch.load(judge, weights_only=True)
     for part in ("model", "classes", "mu", "sigma", "reference"):
         torch.save({key: value for key, value in whole.items() if key != part}, judge)
-        refused(classifier, "judge", judge, npz, says=["judge.pt", part, "judge.py train"])
+        refused(judging, "judge", judge, npz, says=["judge.pt", part, "judge.py train"])
     for wrong in ([], ["judge"], ["judge", judge], ["draw", judge]):
-        refused(classifier, *wrong, says=["train DATA", "judge FILE"])
+        refused(judging, *wrong, says=["train DATA", "judge FILE"])
 
 
 def test_probe_of_latents_that_it_cannot_look_at(runs, latents, tmp_path):
@@ -782,7 +775,7 @@ def test_the_demos_last_page(runs, tmp_path, monkeypatch, capsys):
     demo, picture = Path("out/demo"), Path("out/demo/demo.png")
     refused(sheet, says=["classifier.pt"], out=picture)
     torch.manual_seed(0)
-    cnn, folder = judge.CNN(10, 4).eval(), Path("data/shapes")
+    cnn, folder = judging.CNN(10, 4).eval(), Path("data/shapes")
     folder.mkdir(parents=True)
     known = {"mu": torch.zeros(128), "sigma": torch.eye(128), "reference": torch.zeros(9, 128)}
     saved = {"model": cnn.state_dict(), "classes": 10, "width": 4, "size": 32, **known}
@@ -796,7 +789,7 @@ def test_the_demos_last_page(runs, tmp_path, monkeypatch, capsys):
         for cfg in (1, 3):
             samples = demo / f"samples-{name}-cfg{cfg}/samples.npz"
             samples.parent.mkdir()
-            seen = judge.describe(cnn, torch.from_numpy(images))[1].numpy()
+            seen = judging.describe(cnn, torch.from_numpy(images))[1].numpy()
             labels = np.where(np.arange(60) < 15 * cfg, seen, (seen + 1) % 10)  # a share is right
             np.savez(samples, arr_0=images, labels=labels)
     refused(sheet, says=["features.png", "demo.sh"], out=picture)

@@ -399,7 +399,7 @@ def test_two_runs_on_one_folder(data, tmp_path):
     wait_for(process.stdout, "step 2/")
     half = tmp_path / "out/ckpt-0000001.pt"
     half.write_bytes(b"half")  # what a run writes is not read beside it
-    with pytest.raises(UserError, match="another run is at work there"):
+    with pytest.raises(UserError, match="another run is using it"):
         finish(1, data, tmp_path / "out")
     half.unlink()
     process.kill()
@@ -426,7 +426,7 @@ def test_a_file_system_without_locks_is_a_warning(data, runs, tmp_path, monkeypa
     )
     assert f"warning: {tmp_path}/samples" in capsys.readouterr().err
     monkeypatch.setattr(common.fcntl, "lockf", lambda *args: (_ for _ in ()).throw(BlockingIOError))
-    with pytest.raises(UserError, match="another run is at work there"):
+    with pytest.raises(UserError, match="another run is using it"):
         finish(1, data, tmp_path / "out", steps=6)
 
 

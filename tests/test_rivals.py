@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TRAIN, call, ok, tiny, write_folder
+from conftest import TRAIN, call, ok, one_loss, tiny, write_folder
 from test_baselines import B, close, filled, in_double, one, settings
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,12 +14,13 @@ import common
 import models
 import sample
 from common import UserError, fingerprint
-from experiments import classifier, guide_by
+from experiments.cifar10 import guide_by
+from experiments.cifar10 import judge as judging
 from experiments.cifar10.guide_by import ClassDirection
-from experiments.methods import internal_guidance
+from experiments.methods import ddae, internal_guidance
 from experiments.methods.internal_guidance import Head, Internal, InternalGuidance
 from fid import statistics
-from train_stage1 import LossNetwork, draw, make_batch, rows_in_range
+from train_stage1 import draw, make_batch, rows_in_range
 from vae_latents import LatentFolder
 
 RAMP = {"ema": 0.9, "ema_ramp": True}
@@ -84,11 +85,11 @@ def test_internal_loss(t_min, t_max, folder):
     draws = type(draws)(**in_double(draws))
     draws.drop = torch.arange(B) % 3 == 0  # so that true and y_input labels differ
     batch, rows = make_batch(latents, draws), rows_in_range(B, 1, t_min, t_max)
-    losses = LossNetwork(model, head, loss, rows)
+    losses = one_loss(model, head, loss, rows)
     inputs = batch.x_t, batch.t, batch.y_input, batch.velocity, loss.target(batch[rows])
     got, wanted, counted = losses(*inputs)[1].item(), 0.0, 0
     for i in range(B):
-        t, y = batch.t[i], batch.told[i]
+        t, y = batch.t[i], batch.y_input[i]
         if t_min <= t <= t_max:
             tokens = one(model, batch.x_t[i], t, y, 3)
             answer = velocity_of(head.layer, tokens, condition(model, t, y))
@@ -179,7 +180,7 @@ def test_internal_blocks_weight_and_cost(folder):
 
     def flops(head):
         with FlopCounterMode(display=False) as counter:
-            losses = LossNetwork(model, head, loss, slice(0, B))
+            losses = one_loss(model, head, loss, slice(0, B))
             target = loss.target(batch) if head else None
             sum(losses(batch.x_t, batch.t, batch.y_input, batch.velocity, target)).backward()
         return counter.get_total_flops()
@@ -194,7 +195,7 @@ def test_internal_blocks_weight_and_cost(folder):
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
     torch.manual_seed(0)
-    path, cnn = tmp_path_factory.mktemp("judge") / "judge.pt", judge.CNN(10, 4).eval()
+    path, cnn = tmp_path_factory.mktemp("judge") / "judge.pt", judging.CNN(10, 4).eval()
     images = torch.randint(0, 256, (60, 32, 32, 3), dtype=torch.uint8)
     with torch.no_grad():
         features, _ = cnn(images)
@@ -246,7 +247,7 @@ WAYS = [  # and the evaluations of 2 and of 3 steps
 def test_guide_by(runs, judge, tmp_path, calls, monkeypatch):
     """Evaluations are counted, figures are made once, and the images are those of sample.py."""
     out, small = tmp_path / "figures.jsonl", write_small(tmp_path / "small.pt", runs)
-    monkeypatch.setattr(classifier, "measure", lambda cnn, judge, *made: fingerprint(*made))
+    monkeypatch.setattr(judging, "measure", lambda cnn, judge, *made: fingerprint(*made))
     base = [runs / "stage2", "--judge", judge, "--out", out, "--num", 14, "--small", small]
     for by, mode, needed in WAYS:
         command = [*base, "--by", by, "--mode", mode, "--scales"]
@@ -336,23 +337,15 @@ def test_user_errors(flags, message, runs, judge, tmp_path, monkeypatch):
     assert (tmp_path / "broken.jsonl").read_text() == '{"ckpt": "a"'
 
 
-# ---- The network of docs/results.md
+# ---- A network of one's own: DDAE++'s
 
 
-@pytest.fixture
-def guess(tmp_path):
-    """The file that docs/results.md shows."""
-    code = (ROOT / "docs/results.md").read_text().split("```python\n")[1].split("```")[0]
-    (tmp_path / "guess.py").write_text(code)
-    return tmp_path / "guess.py"
-
-
-def test_a_network_of_one_s_own_trains_and_samples(guess, latents, tmp_path):
+def test_a_network_of_one_s_own_trains_and_samples(latents, tmp_path):
     run, out = tmp_path / "run", tmp_path / "samples"
     train = ["train", *TRAIN, "--align-weight", "0", "--data", latents, "--steps", 4, "--out", run]
     draw = ["sample", "--ckpt", run, "--num-images", 8, "--mode", "euler", "--steps", 2]
     for flags in (train, [*draw, "--device", "cpu", "--out", out]):
-        ok(guess, *flags, env={"PYTHONPATH": str(ROOT)})
+        ok("experiments.methods.ddae", *flags)
     assert np.load(out / "samples.npz")["arr_0"].shape == (8, 32, 32, 3)
     learned = common.load_file(run / "ckpt-0000004.pt")["ema"]["reroute.weight"]
     assert learned.shape == (128, 128) and learned.norm() > 0
@@ -361,13 +354,11 @@ def test_a_network_of_one_s_own_trains_and_samples(guess, latents, tmp_path):
 
 
 @torch.no_grad()
-def test_what_follows_the_middle_is_told_of_it(guess):
+def test_what_follows_the_middle_is_told_of_it():
     """Against hooks on a plain network."""
-    names = {}
-    exec(guess.read_text().split("models.SiT =")[0], names)
     plain = filled(1)
     size = models.parse_name("SiT-Ti/8")[0]
-    own = names["SelfConditioned"](*size[:3], 8, 16, 4, plain.num_classes, True).double()
+    own = ddae.SelfConditioned(size, 8, 16, 4, plain.num_classes, True).double()
     own.load_state_dict({**own.state_dict(), **plain.state_dict()})
     x, y = torch.randn(3, 4, 16, 16).double(), torch.tensor([0, 1, 2])
     t = torch.tensor([0.1, 0.5, 0.9]).double()

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import types
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,10 +105,10 @@ def samples_in(out):
 
 def command_in(text, **words):
     """(The module, its arguments) of the command that a message names, with `words` put in."""
-    script, *arguments = shlex.split(re.search(r"python (experiments/\w+\.py [^;()]*)", text)[1])
+    name, *arguments = shlex.split(re.search(r"python -m (experiments\.\w+\.\w+ [^;()]*)", text)[1])
     assert words.keys() <= {*arguments}, text
     arguments = [str(words.get(word, word)) for word in arguments]
-    return importlib.import_module(Path(script).stem), *arguments
+    return importlib.import_module(name), *arguments
 
 
 # ---- labels
@@ -367,7 +366,7 @@ def test_depths_are_scaled_knowingly_or_left_out_by_name(vae, tmp_path, capsys):
     assert len(LatentFolder(data)) == 3
     listed, said = (data / "unreadable.txt").read_text(), capsys.readouterr().err
     for name in unknown:
-        assert name in listed and name in said and "32-bit" in listed
+        assert name in listed and name in said and "32 bits" in listed
 
 
 def test_what_a_mac_leaves_and_a_cut_jpeg_cost_no_work(vae, tmp_path, capsys, monkeypatch):
@@ -490,7 +489,7 @@ def test_a_vae_of_another_project_is_refused_and_the_named_command_converts_it(
     """No scale is assumed: it is in the config beside the weights, or is given."""
     source = foreign_vae(kind, numbered.vae, tmp_path)
     given = ["--images", numbered.images, "--out", tmp_path / "data", *ENCODE]
-    err = refused(vae_latents, *given, "--vae", source, says=[source, "convert_vae.py"])
+    err = refused(vae_latents, *given, "--vae", source, says=[source, "convert_vae"])
     assert not (tmp_path / "data").exists()
     if kind == "whole, with callbacks":
         assert "lightning_of_old.callbacks.ModelCheckpoint" in err
@@ -732,9 +731,9 @@ def test_a_checkpoint_of_another_project_is_refused_and_the_named_command_conver
     source = tmp_path / "0400000.pt"
     torch.save(FOREIGN[kind](state), source)
     given = ["--num-images", 2, *EULER, "--vae", numbered.vae, "--out", tmp_path / "out"]
-    err = refused(sample, "--ckpt", source, *given, says=[source, "convert_sit.py"])
+    err = refused(sample, "--ckpt", source, *given, says=[source, "convert_sit"])
     teach = ["--ckpt", source, "--out", tmp_path / "teacher"]
-    refused(build_teacher, *teach, says=[source, "convert_sit.py"])
+    refused(build_teacher, *teach, says=[source, "convert_sit"])
     command = command_in(err, OUT=tmp_path / "mine.pt", FILE=numbered.vae)
     call(*command, "--classes", 12, "--path", "linear", "--prediction", "v")
     weights = ["--weights", "model" if kind == "no average" else "ema"]
@@ -757,7 +756,7 @@ def test_a_label_table_without_a_null_row_samples_plainly_alone(numbered, refuse
     theirs = {"ema": state, "model": state, "args": argparse.Namespace(**says)}
     torch.save(theirs, tmp_path / "repa.pt")
     mine = tmp_path / "mine.pt"
-    convert_sit = importlib.import_module("convert_sit")
+    convert_sit = importlib.import_module("experiments.checkpoints.convert_sit")
     call(convert_sit, tmp_path / "repa.pt", mine, "--vae", numbered.vae)
     given = ["--ckpt", mine, "--num-images", 12, *EULER]
     refused(sample, *given, "--cfg", 2, "--out", tmp_path / "no", says=["null label"])
@@ -777,9 +776,9 @@ def test_a_checkpoint_of_the_older_format_samples_and_teaches_once_it_is_convert
     del saved["projector_opt"], saved["identity"], saved["meta"]["identity"]
     torch.save({**saved, "format": 1}, path)
     run = [*SMALL, "--data", numbered.data, "--out", tmp_path / "run", "--steps", 4]
-    refused(train_stage1, *run, says=[path, "convert_sit.py"])
+    refused(train_stage1, *run, says=[path, "convert_sit"])
     given = ["--num-images", 4, *EULER, "--out", tmp_path / "samples"]
-    err = refused(sample, "--ckpt", tmp_path / "run", *given, says=[path, "convert_sit.py"])
+    err = refused(sample, "--ckpt", tmp_path / "run", *given, says=[path, "convert_sit"])
     call(*command_in(err, OUT=tmp_path / "mine.pt", FILE=numbered.vae))
     call(sample, "--ckpt", tmp_path / "mine.pt", *given)
     call(sample, "--ckpt", numbered.run, *given[:-1], tmp_path / "want")
@@ -847,9 +846,14 @@ def test_what_the_small_teacher_costs_is_printed(numbered, tmp_path, capsys):
 
     given = ["--ckpt", numbered.run, "--out", tmp_path, "--student", "SiT-Ti/4"]
     call(build_teacher, *given)
-    said = next(line for line in capsys.readouterr().out.splitlines() if "in steps of" in line)
-    training, in_range, at_all = (float(x) for x in re.findall(r"([\d.]+) (?:w|more|at)", said))
-    assert "SiT-Ti/4" in said and training == round(2 * passes("SiT-N/4") / passes("SiT-Ti/4"))
+    said = " ".join(capsys.readouterr().out.split())
+    numbers = re.search(
+        r"as much as (\d+) steps of (\S+) .* ([\d.]+)% dearer \(all t: ([\d.]+)%", said
+    )
+    training, in_range, at_all = int(numbers[1]), float(numbers[3]) / 100, float(numbers[4]) / 100
+    assert numbers[2] == "SiT-Ti/4" and training == round(
+        2 * passes("SiT-N/4") / passes("SiT-Ti/4")
+    )
     guided = 2 * passes("SiT-N/4", 4) / (3 * passes("SiT-Ti/4"))
     assert at_all == pytest.approx(guided, rel=0.05) and in_range == pytest.approx(
         0.3 * at_all, abs=1e-3

@@ -19,7 +19,6 @@ from PIL import Image, ImageDraw
 
 import common
 import models
-from build_teacher import extrapolate
 from common import UserError, progress, say, setting, warn
 from vae_latents import LatentFolder, find_vae, to_images
 
@@ -66,7 +65,7 @@ def probe(model, folder, depths, scales, num, t, device) -> dict:
     for depth, both in pooled.items():
         f_c, f_u = (torch.cat(parts) for parts in both)
         features = {"f_u": f_u, "f_c": f_c}
-        features.update({f"f_g {s:g}": extrapolate(f_c, f_u, s) for s in scales})
+        features.update({f"f_g {s:g}": f_u + s * (f_c - f_u) for s in scales})
         table[depth] = {name: round(knn_accuracy(f, labels), 4) for name, f in features.items()}
     return table
 
@@ -92,7 +91,7 @@ def picture(model, folder, vae, depth, s, t, device, rows=8) -> Image.Image:
     firsts = np.array([int((folder.labels == label).nonzero()[0]) for label in labels])
     x0, x_t, times, y = noisy(folder, firsts, t, device)
     f_c, f_u = both_features(model, x_t, times, y, [depth])[depth]
-    colours = pca_rgb(f_u, f_c, extrapolate(f_c, f_u, s))
+    colours = pca_rgb(f_u, f_c, f_u + s * (f_c - f_u))
     titles = "f_u", f"f_c = h_{depth}", f"f_g, s = {s:g}"
     columns = {"image": to_images(vae, x0), **dict(zip(titles, colours, strict=True))}
     sheet = Image.new("RGB", (len(columns) * 112, 18 + len(y) * 112), "white")

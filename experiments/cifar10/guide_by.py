@@ -88,8 +88,8 @@ def main():
             noise, labels = initial_noise(0, rows.tolist(), shape)[0], y[rows].to(device)
             x0 = sample(network, noise.to(device), labels, null, steps, args.mode, cfg)
             images.append(torch.from_numpy(to_images(vae, x0)))
-        for path, (cnn, known) in judges.items():
-            figure[path] = judge.measure(cnn, known, torch.cat(images), y)
+        for path, (cnn, facts) in judges.items():
+            figure[path] = judge.measure(cnn, facts, torch.cat(images), y)
         with open(out, "a") as file:
             file.write(json.dumps(figure) + "\n")
         say(json.dumps(figure))

@@ -233,7 +233,7 @@ def main():
     runs, figure, judge = Path(args.runs), Path(args.figure), args.judge or ""
     found, classifier = find_results(runs, judge), runs / f"classifier{judge}.pt"
     with common.reading(classifier, "is no judge"):
-        real = common.load_file(classifier).get("round_trips") if judge.is_file() else None
+        real = common.load_file(classifier).get("round_trips") if classifier.is_file() else None
     for text in (*table(found), "", "In steps of vanilla of the same seed:", "", *worths(found)):
         say(text)
     for student in STUDENTS:

@@ -26,7 +26,16 @@ import train_stage1
 from build_teacher import guided_features
 from common import UserError, say, setting
 from sample import sample
-from train_stage1 import Alignment, LossNetwork, State, draw, make_batch, parallel, rows_in_range
+from train_stage1 import (
+    Alignment,
+    LossNetwork,
+    State,
+    adamw,
+    draw,
+    make_batch,
+    parallel,
+    rows_in_range,
+)
 from train_stage2 import Guidance
 from vae_latents import AutoencoderKL, LatentFolder, from_uint8, to_images
 
@@ -87,6 +96,7 @@ class Step:
     def __init__(self, networks, kind, mode):
         self.args, self.folder, self.device = networks.args, networks.folder, networks.device
         self.state, (size, _) = copy.copy(networks.state), models.parse_name(self.args.model)
+        self.state.projectors, self.state.optimizers = {}, {**networks.state.optimizers}
         self.auxiliary = Alignment(self.args, size.align_depth)
         self.is_naive = kind not in ("vanilla", "stage 1", "stage 2")
         batch, t_min, t_max = self.args.batch_size, self.args.t_min, self.args.t_max
@@ -99,18 +109,22 @@ class Step:
             self.auxiliary.teacher = in_precision(networks.teacher)
         if kind != "vanilla":
             projector = self.auxiliary.projector(self.state.model).to(self.device)
-            adamw = torch.optim.AdamW(projector.parameters(), weight_decay=0, fused=True)
-            self.state.projector, self.state.projector_optimizer = projector, adamw
+            optimizer = adamw(list(projector.parameters()), self.args)
+            self.state.projectors[self.auxiliary.name] = projector
+            self.state.optimizers[self.auxiliary.name] = optimizer
+        self.auxiliary.rows = self.rows
         model = twin(self.state.model, "blocks" if mode == "blocks" else "eager")
-        self.network = LossNetwork(model, self.state.projector, self.auxiliary, self.rows)
+        self.network = LossNetwork(model, self.state.projectors, [self.auxiliary])
         if mode == "whole":
             self.network = parallel(self.network, self.args)
 
     def losses(self, batch):
         """(L_diff, L_aux)."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            target = self.auxiliary.target(batch[self.rows]) if self.state.projector else None
-            return self.network(batch.x_t, batch.t, batch.y_input, batch.velocity, target)
+            targets = {
+                name: self.auxiliary.target(batch[self.rows]) for name in self.state.projectors
+            }
+            return self.network(batch.x_t, batch.t, batch.y_input, batch.velocity, targets)
 
     def __call__(self):
         draws = draw(self.state.step, self.args, self.folder, self.device)
@@ -126,8 +140,8 @@ class Step:
         total = 3 * self.args.batch_size * model.forward_flops()
         if self.auxiliary.teacher:
             total += 2 * rows * self.auxiliary.teacher.forward_flops()
-        if self.state.projector:
-            weights = sum(p.numel() for p in self.state.projector.parameters() if p.ndim == 2)
+        for projector in self.state.projectors.values():
+            weights = sum(p.numel() for p in projector.parameters() if p.ndim == 2)
             total += 3 * 2 * rows * (model.input_size // model.patch) ** 2 * weights
         return total
 
@@ -139,7 +153,8 @@ class Networks:
         self.args = train_stage1.Settings(model=name, batch_size=batch, lr=5e-4, compile=True)
         self.folder, self.device, self.on_card = folder, device, device.type == "cuda"
         self.calls = 5 if self.on_card else 1  # in a row, each time that a step is timed
-        self.state, self.step = State(self.args, folder, device), cache(partial(Step, self))
+        self.state = State(self.args, folder, device, [Alignment(self.args, 1)])
+        self.step = cache(partial(Step, self))
 
     @cached_property
     def teacher(self):

@@ -19,7 +19,7 @@ from models import FinalLayer, unpatchify
 
 
 class Head(nn.Module):
-    """Tokens (n, T, D) -> velocity (n, C, H, W), for images of `t` and label `told`, set before.
+    """Tokens (n, T, D) -> velocity (n, C, H, W), for images of `t` and label `y_input`, set before.
     `average` is the layer's, because the loop averages the network alone."""
 
     def __init__(self, model, args):
