@@ -4,8 +4,8 @@
 
     f_c = h_dt(x_t, t, label)    f_u = h_dt(x_t, t, null label)    f_g = f_u + s (f_c - f_u)
 
-Self-Transcendence (arXiv 2601.07773): f_g is structurally clean, as stage 1 made it, and says
-the class, as s makes it. To choose dt and s: python -m experiments.checkpoints.probe out/stage1
+f_g is structurally clean, as stage 1 made it, and says the class, as s makes it (arXiv
+2601.07773). To choose dt and s: python -m experiments.checkpoints.probe out/stage1
 """
 
 from dataclasses import dataclass
@@ -21,9 +21,8 @@ from models import SiT
 
 @torch.no_grad()
 def guided_features(teacher: SiT, x_t, t, y, s) -> torch.Tensor:
-    """f_g (N, T, D) float32, for x_t (N, C, H, W), t (N,) and true labels y (N,): classifier-free
-    guidance, of features. s multiplies rounding errors: at s = 30, f_g is off by 0.3 to 0.5 %
-    in float16, by 2.6 to 3.8 % in bfloat16."""
+    """f_g (N, T, D) float32, of x_t (N, C, H, W), t (N,) and true labels y (N,). s multiplies
+    rounding errors: at s = 30 f_g is off by 0.3 to 0.5 % in float16, 2.6 to 3.8 % in bfloat16."""
     null_label = torch.full_like(y, teacher.num_classes)
     x_twice, t_twice = torch.cat([x_t, x_t]), torch.cat([t, t])
     with torch.autocast(x_t.device.type, torch.float16, enabled=x_t.is_cuda):
@@ -63,8 +62,9 @@ def main():
     student = {**saved["args"], "model": args.student or name}
     ratio = model.forward_flops() / models.build_for(student, saved["meta"]).forward_flops()
     more = 2 / 3 * ratio * depth / model.depth  # f_c and f_u; a training step is three passes
+    in_range = (models.q_of(0.7) - models.q_of(0.4)) * more
     say(f"cost: training it took as much as {ratio * step:.0f} steps of {student['model']} (P1 not")
-    say(f"counted); it makes a guided step {0.3 * more:.1%} dearer (all t: {more:.1%})")
+    say(f"counted); it makes a guided step {in_range:.1%} dearer (all t: {more:.1%})")
     content = {key: saved[key] for key in ("format", "args", "meta", "step")}
     content.update(depth=depth, scale=args.guide_scale, teacher=model.cut(depth).state_dict())
     with common.atomic_write(out) as file:

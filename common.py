@@ -21,14 +21,13 @@ import torch
 import torch.distributed as dist
 
 # ---- Settings: a dataclass. Each field is a flag, and the comment behind it is its --help
-
 RULES = {"at_least": ge, "above": gt, "below": lt, "at_most": le}  # what a number can be held to
 
 
-def setting(default, help=None, **rules):
+def setting(default, **rules):
     """A setting that is checked: by RULES, or `choices`. `positional`: it has no flag. `change`: a
     continued run may change it ("free"), or may and prints so ("printed"); others never may."""
-    return field(default=default, metadata={"help": help, **rules})
+    return field(default=default, metadata=rules)
 
 
 def parse_settings(Settings: type, doc: str):
@@ -39,22 +38,21 @@ def parse_settings(Settings: type, doc: str):
     parser = argparse.ArgumentParser(description=doc, formatter_class=style, allow_abbrev=False)
     parser.error = refuse
     for f in fields(Settings):
-        help = f.metadata.get("help") or comments.get(f.name, "")
-        help += "" if f.default in (None, "") else f" (default: {f.default})"
+        default = "" if f.default in (None, "") else f" (default: {f.default})"
+        help = (comments.get(f.name, "") + default).replace("%", "%%")
         kind = getattr(f.type, "__args__", (f.type,))[0]  # `int | None` is an int
         options = {"type": kind, "choices": f.metadata.get("choices")}
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
-        name = flag(f.name)
         if "positional" in f.metadata:
-            name, options["nargs"] = f.name, "?" if f.default is None else None
-        parser.add_argument(name, default=f.default, help=help.replace("%", "%%"), **options)
+            options["nargs"] = "?" if f.default is None else None
+        name = f.name if "positional" in f.metadata else flag(f.name)
+        parser.add_argument(name, default=f.default, help=help, **options)
     settings = Settings(**vars(parser.parse_args()))
     for f in fields(Settings):
         value = getattr(settings, f.name)
-        rules = dict(f.metadata)
-        if type(value) is int:
-            rules.setdefault("at_least", 1)  # whole numbers count something
+        whole = {"at_least": 1} if type(value) is int else {}  # whole numbers count something
+        rules = {**whole, **f.metadata}
         if value == "" and f.default != "":
             refuse(f"{flag(f.name)}: must not be empty")
         if isinstance(value, float) and not math.isfinite(value):
@@ -74,8 +72,6 @@ def refuse(message):
 
 
 # ---- Messages
-
-
 class UserError(Exception):
     """A user's mistake. `run` prints it as one line on stderr and exits with status 2."""
 
@@ -126,8 +122,6 @@ def warn(text):
 
 
 # ---- Files
-
-
 @contextlib.contextmanager
 def reading(path, problem):
     """Turn whatever goes wrong while a user's file is read into one line: "PATH: problem"."""
@@ -136,9 +130,7 @@ def reading(path, problem):
     except UserError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and not isinstance(
-            error, FileNotFoundError | IsADirectoryError
-        ):
+        if type(error) in (OSError, PermissionError):
             problem = "cannot be read"  # which says nothing about the file itself
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if "Weights only" in reason or "allow_pickle" in reason:  # their advice is unsafe
@@ -151,9 +143,8 @@ def reading(path, problem):
 
 
 def load_file(path, format=None) -> dict:
-    """torch.load of tensors and plain Python, never of code, after the archive's checksums.
-    The tensors stay mapped to the file: copy what must outlive it. It raises many kinds of
-    errors, so call it inside `with reading(...)`."""
+    """torch.load of tensors and plain Python, never of code, after checksums; in `reading`. The
+    tensors stay mapped to the file: copy what must outlive it."""
     zipped = zipfile.is_zipfile(path)
     if zipped and (bad := zipfile.ZipFile(path).testzip()):
         raise ValueError(f"the checksum of {bad} is wrong")
@@ -181,8 +172,7 @@ def atomic_write(path):
 
 
 def lock(folder):
-    """Make `folder`, and keep other runs out of it for as long as the returned file lives (the
-    system frees a dead run's lock). Of several processes, the first one holds it for all."""
+    """Make `folder`, and keep other runs out while the returned file of the first process lives."""
     if not IS_FIRST:
         return None
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -197,7 +187,6 @@ def lock(folder):
 
 
 # ---- Processes
-
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 IS_FIRST = os.environ.get("RANK") == "0" or not all(name in os.environ for name in TORCHRUN)
 
@@ -234,16 +223,12 @@ def gather(item=None) -> list:
 
 
 # ---- Long work, shared by processes, continued after a kill
-
-
 def fingerprint(*items) -> str:
     """sha256 of tensors, arrays and plain values: the same content has the same hash."""
     digest = hashlib.sha256()
     for item in items:
-        if isinstance(item, torch.Tensor):
-            item = item.cpu().numpy()
-        is_array = isinstance(item, np.ndarray)
-        digest.update(item.tobytes() if is_array else repr(item).encode())
+        item = item.cpu().numpy() if isinstance(item, torch.Tensor) else item
+        digest.update(item.tobytes() if isinstance(item, np.ndarray) else repr(item).encode())
     return digest.hexdigest()
 
 
@@ -255,8 +240,8 @@ def progress(what, items, world=1):
         now = time.time()
         if now > shown + 5 or done == len(items):
             shown, rate = now, done / (now - start + 1e-9)
-            far = f"{what} {done * world}/{len(items) * world}"
-            say(f"{far}  {rate * world:.1f}/s  {(len(items) - done) / rate:.0f} s left")
+            far, left = f"{done * world}/{len(items) * world}", (len(items) - done) / rate
+            say(f"{what} {far}  {rate * world:.1f}/s  {left:.0f} s left")
 
 
 def shared_array(path, shape, dtype, rank) -> np.ndarray:

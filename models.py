@@ -30,21 +30,9 @@ SIZES = {  # depth, width, heads, d1, dt, ds
 }
 
 
-# ---- Time: q is uniform in [0, 1], stratified over a batch, and t = t_of(q). For another
-# distribution of t, assign two functions of your own: models.t_of = ..., models.q_of = ...
-
-
-def t_of(q: torch.Tensor) -> torch.Tensor:
-    """The times t (N,), 0 = data, 1 = noise, of q (N,): t is uniform, as in the paper."""
-    return q
-
-
-def q_of(t: float) -> float:
-    """The inverse of t_of: the share of all images whose time is at most t."""
-    return t
-
-
-# ---- The network
+# t = t_of(q), where q is uniform in [0, 1], and q = q_of(t). For another distribution of t assign
+# functions of your own: models.t_of, models.q_of = ...
+t_of = q_of = nn.Identity()
 
 
 def parse_name(name: str) -> tuple[Size, int]:
@@ -186,13 +174,11 @@ class SiT(nn.Module):
     def forward(self, x, t, y, taps=()):
         """Velocity (N, C, H, W), or None if it was `cut`, and {d: tokens (N, T, D) after block
         d} for d in `taps`. x (N, C, H, W), t (N,) in [0, 1], 0 = data, y (N,) int64."""
-        image = self.in_channels, self.input_size, self.input_size
-        if x.shape[1:] != image:
-            raise UserError(f"x has shape {tuple(x.shape)}; it must have (N, *{image})")
-        if t.shape != x.shape[:1] or y.shape != x.shape[:1]:
-            shapes = f"t has shape {tuple(t.shape)} and y {tuple(y.shape)}"
-            raise UserError(f"{shapes}; both must have ({len(x)},)")
-        if not set(taps) <= set(range(1, self.depth + 1)):
+        N, C, S = len(x), self.in_channels, self.input_size
+        for name, given, shape in ("x", x, (N, C, S, S)), ("t", t, (N,)), ("y", y, (N,)):
+            if given.shape != shape:
+                raise UserError(f"{name} has shape {tuple(given.shape)}; it must have {shape}")
+        if not {*taps} <= {*range(1, self.depth + 1)}:
             raise UserError(f"taps are {[*taps]}; they must be of blocks 1 to {self.depth}")
         h = self.x_embedder["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed  # (N, T, D)
         c = self.t_embedder(t) + self.y_embedder["embedding_table"](y)  # (N, D)
@@ -220,13 +206,11 @@ class SiT(nn.Module):
 
 
 # ---- Building a network and loading one
-
 FORMAT = 2  # of checkpoints and of teacher.pt
 
 
 def build_for(args: dict, meta: dict) -> SiT:
-    """The network that a run with these settings trains on latents with this meta.json, freshly
-    initialised. args: "model", such as "SiT-B/2", and "qk_norm"."""
+    """A new network for args["model"], such as "SiT-B/2", on latents with this meta.json."""
     size, patch = parse_name(args["model"])
     side, channels, classes = meta["height"], meta["channels"], len(meta["classes"])
     if side % patch:
@@ -236,8 +220,7 @@ def build_for(args: dict, meta: dict) -> SiT:
 
 def checkpoints(folder) -> list[Path]:
     """The run's own ckpt-<step>.pt, newest first; files of any other name are the user's."""
-    paths = Path(folder).glob("ckpt-???????*.pt")  # seven digits or more
-    own = [path for path in paths if path.stem[5:].isdecimal()]
+    own = [path for path in Path(folder).glob("ckpt-???????*.pt") if path.stem[5:].isdecimal()]
     return sorted(own, key=lambda path: int(path.stem[5:]), reverse=True)
 
 
@@ -251,14 +234,12 @@ def read_checkpoint(path) -> dict:
 
 
 def load_checkpoint(path, weights="ema", null_label_for="") -> tuple[SiT, dict]:
-    """(The SiT in eval mode on the CPU, the checkpoint), of a file or of a run's newest one.
-    UserError if the average is hardly trained, or the null label that a flag needs is not."""
+    """(The SiT in eval mode on the CPU, the checkpoint), of a file or of a run's newest one."""
     if Path(path).is_dir():
         path = next(iter(checkpoints(path)), Path(path) / "ckpt-*.pt")
     saved = read_checkpoint(path)
-    args = saved["args"]
     with reading(path, f"holds no {weights} network; try --weights model or ema"):
-        model = build_for(args, saved["meta"])
+        args, model = saved["args"], build_for(saved["args"], saved["meta"])
         model.load_state_dict(saved[weights])
         initial = 0.0 if args["ema_ramp"] else args["ema"] ** saved["step"]
     if weights == "ema" and initial > 0.1:  # the share of the initial weights in the average

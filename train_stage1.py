@@ -1,14 +1,13 @@
-"""Stage 1, and THE training loop, which stage 2 and every baseline run on, too.
+"""Stage 1, and THE training loop, which stage 2 and every other method run on, too.
 
     torchrun --nproc_per_node=8 train_stage1.py                 # SiT-XL/2, the paper's settings
 
-In the order of reading: settings; what is random in a step; the batch; the losses; the loop; its
-state; log and signals; and, last, all that is stage 1's own (Self-Transcendence, arXiv 2601.07773).
+In this order: settings; what is random in a step; the losses; the loop; its state; log and
+signals; last, all that is stage 1's own (Self-Transcendence, arXiv 2601.07773).
 
 Training is a function of the step: (seed, epoch) decides the order of the images, (seed, k) all
-that is random in step k. Both are drawn for the whole batch, of which each process takes its rows.
-So the same command continues a killed run: bit for bit on a CPU, and to rounding with another
-number of processes.
+that is random in step k, for the whole batch, of which each process takes its rows. So the same
+command continues a killed run: bit for bit on a CPU, to rounding on other numbers of processes.
 """
 
 import contextlib
@@ -20,7 +19,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,19 +56,13 @@ class TrainSettings:
     projector_dim: int = 2048  # hidden width of the projector
     qk_norm: bool = True  # LayerNorm on each head's queries and keys
     compile: bool | None = setting(None, change="free")  # torch.compile (default: on CUDA only)
-    device: str = setting(
-        "auto", change="free"
-    )  # cpu, cuda or cuda:N; auto is cuda if there is one
+    device: str = setting("auto", change="free")  # cpu, cuda, cuda:N; auto is cuda if there is one
     log_every: int = setting(100, change="free")  # steps between lines of the log
     save_every: int = setting(10_000, change="free")  # steps between checkpoints
-    keep: int = setting(
-        3, change="free"
-    )  # newest checkpoints that are kept; the last one continues
+    keep: int = setting(3, change="free")  # newest checkpoints to keep; the last one continues
 
 
 # ---- What is random in a step, drawn for the whole batch
-
-
 @functools.lru_cache(maxsize=2)
 def order_of_epoch(num_images, seed, epoch) -> np.ndarray:
     """The order of the images in one epoch, (num_images,) int64."""
@@ -77,8 +70,8 @@ def order_of_epoch(num_images, seed, epoch) -> np.ndarray:
 
 
 @dataclass
-class Draws:
-    """All that is random in a step, for n images; `draws[rows]` cuts every field alike."""
+class Batch:
+    """All that a step knows of n images; make_batch adds y and the rest. [rows] cuts all alike."""
 
     indices: torch.Tensor  # (n,) int64, which images of the latent folder they are
     t: torch.Tensor  # (n,), 0 = data, 1 = noise
@@ -86,12 +79,18 @@ class Draws:
     posterior: torch.Tensor  # (n, C, H, W), noise of the VAE's posterior
     eps: torch.Tensor  # (n, C, H, W), noise
     u: torch.Tensor  # (n,), one more uniform number, for losses that draw something themselves
+    y: torch.Tensor = None  # (n,) int64, the labels
+    y_input: torch.Tensor = None  # (n,) int64, what the network is told: y or the null label
+    x0: torch.Tensor = None  # (n, C, H, W), latents
+    x_t: torch.Tensor = None  # (n, C, H, W), (1 - t) x0 + t eps
+    velocity: torch.Tensor = None  # (n, C, H, W), eps - x0, what the network predicts
 
     def __getitem__(self, rows):
-        return type(self)(**{name: value[rows] for name, value in vars(self).items()})
+        known = {name: value for name, value in vars(self).items() if value is not None}
+        return Batch(**{name: value[rows] for name, value in known.items()})
 
 
-def draw(step, args, folder, device) -> Draws:
+def draw(step, args, folder, device) -> Batch:
     """The draws of the whole batch, the same on every process. q is stratified: each image gets
     a uniform q, together they cover [0, 1], and a range of t = t_of(q) is a slice of the batch."""
     B, N = args.batch_size, len(folder)
@@ -104,7 +103,7 @@ def draw(step, args, folder, device) -> Draws:
     q = (torch.arange(B, device=device) + in_stratum) / B  # q_i in [i, i + 1) / B
     places = range(step * B, (step + 1) * B)  # in all epochs, one behind the other
     indices = [order_of_epoch(N, args.seed, i // N)[i % N] for i in places]
-    return Draws(torch.tensor(indices), models.t_of(q), drop < args.label_drop, posterior, eps, u)
+    return Batch(torch.tensor(indices), models.t_of(q), drop < args.label_drop, posterior, eps, u)
 
 
 def rows_in_range(batch_size, shares, t_min, t_max) -> slice:
@@ -116,20 +115,6 @@ def rows_in_range(batch_size, shares, t_min, t_max) -> slice:
     return slice(first_stratum // shares, math.ceil(end_stratum / shares))
 
 
-# ---- The batch
-
-
-@dataclass
-class Batch(Draws):
-    """The draws of n images, and what the images add."""
-
-    y: torch.Tensor  # (n,) int64, the labels
-    y_input: torch.Tensor  # (n,) int64, what the network is told: y or the null label
-    x0: torch.Tensor  # (n, C, H, W), latents
-    x_t: torch.Tensor  # (n, C, H, W), (1 - t) x0 + t eps
-    velocity: torch.Tensor  # (n, C, H, W), eps - x0, what the network predicts
-
-
 def make_batch(folder, draws) -> Batch:
     """SiT's linear interpolant (arXiv 2401.08740, section 2) of latents and a step's draws."""
     device, null_label = draws.t.device, len(folder.meta["classes"])
@@ -139,12 +124,10 @@ def make_batch(folder, draws) -> Batch:
     y_input = torch.where(draws.drop, null_label, y)
     noise_level = draws.t.view(-1, 1, 1, 1)
     x_t = (1 - noise_level) * x0 + noise_level * draws.eps
-    return Batch(**vars(draws), y=y, y_input=y_input, x0=x0, x_t=x_t, velocity=draws.eps - x0)
+    return replace(draws, y=y, y_input=y_input, x0=x0, x_t=x_t, velocity=draws.eps - x0)
 
 
 # ---- The losses
-
-
 class Projector(nn.Module):
     """An auxiliary loss's MLP, D -> hidden -> hidden -> out, on tokens (N, T, D). With
     `to_latent` = (patch, channels) it answers in latent space, (N, C, H, W): stage 1's P1."""
@@ -152,30 +135,29 @@ class Projector(nn.Module):
     def __init__(self, width, out=None, hidden=2048, to_latent=None):
         super().__init__()
         layers = [nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU()]
-        layers.append(nn.Linear(hidden, out or width))
+        layers += [nn.Linear(hidden, out or width)]
         if to_latent:
-            patch, channels = to_latent
-            layers.append(nn.LayerNorm(width, elementwise_affine=False, eps=1e-6))
-            layers.append(nn.Linear(width, patch**2 * channels))
+            layers += [nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)]
+            layers += [nn.Linear(width, to_latent[0] ** 2 * to_latent[1])]
         self.mlp, self.to_latent = nn.Sequential(*layers), to_latent
         self.apply(xavier_linear)
 
     def forward(self, tokens):
-        answer = self.mlp(tokens)
-        return unpatchify(answer, *self.to_latent) if self.to_latent else answer
+        if self.to_latent is None:
+            return self.mlp(tokens)
+        patch, channels = self.to_latent
+        return unpatchify(self.mlp(tokens), patch, channels)
 
 
 class Auxiliary:
     """An auxiliary loss on the tokens of one block; for one of your own, write a subclass with
-    `target`. L = L_diff + the sum of weight L_aux over all losses, each in its first `until`
-    steps. L_aux is the mean over the WHOLE batch of distance(projector(h_depth), target), which
-    is zero outside t_min <= t <= t_max."""
+    `target`. L = L_diff + weight L_aux of each loss in its first `until` steps. L_aux: mean over
+    the WHOLE batch of distance(projector(h_depth), target), zero outside t_min <= t <= t_max."""
 
     name = "aux"  # in the log and the checkpoint; a run with other names is not continued
     identity = None  # what must stay the same in a continued run, such as a teacher's hash
     teacher = None  # a network that is dropped when the loss ends
-    rows: slice  # the images of a share that can be in range, set by the loop
-    ema: nn.Module  # the averaged network, set by the loop
+    module = optimizer = rows = ema = None  # set by the loop: projector, its optimizer, slice, EMA
 
     def __init__(self, args: TrainSettings, depth: int, weight=0.5, until=sys.maxsize):
         self.args, self.depth, self.weight, self.until = args, depth, weight, until
@@ -201,54 +183,50 @@ class Auxiliary:
 class LossNetwork(nn.Module):
     """The network with all losses on top: what DDP wraps and torch.compile compiles."""
 
-    def __init__(self, model, projectors, losses):
+    def __init__(self, model, losses):
         super().__init__()
         self.model, self.losses = model, losses
-        self.projectors = nn.ModuleDict(projectors)  # by name, of the losses that have not ended
+        self.projectors = nn.ModuleList(loss.module for loss in losses if loss.module)
 
     def forward(self, x_t, t, y_input, velocity, targets):
-        """[L_diff, L_aux of each loss], means over n images. `targets`: by name, of the images in
-        the loss's rows alone; a loss without one has ended and is zero."""
-        taps = [loss.depth for loss in self.losses if loss.name in targets]
+        """[L_diff, L_aux of each loss], means over n images. `targets`: one for each loss, of the
+        images in its rows alone; None for a loss that has ended, which is zero."""
+        taps = [loss.depth for loss in self.losses if loss.module]
         prediction, tokens = self.model(x_t, t, y_input, taps=taps)
         error = (prediction.float() - velocity).square()
-        values = [error.flatten(1).mean(dim=1).mean()]
-        for loss in self.losses:
-            if loss.name not in targets:
-                values.append(torch.zeros_like(values[0]))
+        loss_diff = error.flatten(1).mean(dim=1).mean()
+        values = [loss_diff] + [torch.zeros_like(loss_diff) for _ in targets]
+        for i, (loss, target) in enumerate(zip(self.losses, targets, strict=True), 1):
+            if target is None:
                 continue
-            target, times = targets[loss.name], t[loss.rows]
-            answer = self.projectors[loss.name](tokens[loss.depth][loss.rows]).float()
-            if answer.shape != target.shape:
-                shapes = f"{tuple(answer.shape)} and {tuple(target.shape)}"
-                raise UserError(f"loss {loss.name}: answer and target differ in shape: {shapes}")
+            times = t[loss.rows]
+            answer = loss.module(tokens[loss.depth][loss.rows]).float()
             distance = loss.distance(answer, target)
-            if distance.shape != times.shape:
-                shape = tuple(distance.shape)
-                raise UserError(f"loss {loss.name}: distance must be one number an image: {shape}")
+            if (answer.shape, distance.shape) != (target.shape, times.shape):
+                shapes = f"{[*answer.shape]}, {[*target.shape]} and {[*distance.shape]}"
+                raise UserError(f"loss {loss.name}: answer, target, distance do not fit: {shapes}")
             mask = ((times >= loss.t_min) & (times <= loss.t_max)).float()
-            values.append((distance * mask).sum() / len(x_t))  # over all n: zero out of range
+            values[i] = (distance * mask).sum() / len(x_t)  # over all n: zero outside the range
         return values
 
 
 # ---- The training loop, of both stages and all other methods
-
-
 def train(args: TrainSettings, *losses: Auxiliary):
     """Train args.model on args.data into args.out, with each of `losses` whose weight is not 0."""
     device, rank, world = common.setup(args.device)
     shares = world * args.accum  # into which every batch is cut
     folder, state = begin(args, losses, device, shares)
-    network = parallel(LossNetwork(state.model, state.projectors, losses), args)
+    network = parallel(LossNetwork(state.model, losses), args)
     log = Log(args, losses, state, rank)
     say(f"{args.model} on {device}: steps {state.step} to {args.steps}")
 
-    with Stop() as stop:
+    with heard_signals() as heard:
         for step in range(state.step, args.steps):  # the number of steps done so far
-            if ended := [loss for loss in state.running if loss.until == step]:
+            if ended := [loss for loss in losses if loss.module and loss.until == step]:
                 network = None  # its memory is free before the next one's is taken
-                state.end(ended)
-                network = parallel(LossNetwork(state.model, state.projectors, losses), args)
+                for loss in ended:
+                    loss.teacher = loss.module = loss.optimizer = None
+                network = parallel(LossNetwork(state.model, losses), args)
 
             draws = draw(step, args, folder, device)  # the whole batch, the same on every process
             values = torch.zeros(1 + len(losses), device=device)
@@ -257,7 +235,7 @@ def train(args: TrainSettings, *losses: Auxiliary):
                 if world > 1:  # DDP averages the gradients over processes with the last share
                     network.require_backward_grad_sync = w + world >= shares
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    targets = {loss.name: loss.target(batch[loss.rows]) for loss in state.running}
+                    targets = [loss.module and loss.target(batch[loss.rows]) for loss in losses]
                     diff, *aux = network(batch.x_t, batch.t, batch.y_input, batch.velocity, targets)
                 weighted = [loss.weight * value for loss, value in zip(losses, aux, strict=True)]
                 ((diff + sum(weighted)) / args.accum).backward()
@@ -267,11 +245,11 @@ def train(args: TrainSettings, *losses: Auxiliary):
                 values /= world
             state.update(args, values)  # clip, AdamW, EMA
 
-            stopping = any(common.gather(stop.asked))  # all processes stop after the same step
+            stopping = any(common.gather(bool(heard)))  # all processes stop after the same step
             logs = state.step % args.log_every == 0
             saves = state.step % args.save_every == 0 or state.step == args.steps or stopping
             if logs or saves:
-                state.check_finite(args)
+                state.check(args)
             if logs:
                 log.write()
             if saves:
@@ -283,39 +261,38 @@ def train(args: TrainSettings, *losses: Auxiliary):
 
 
 def begin(args, losses, device, shares):
-    """(LatentFolder, State): everything before the first step. --out is locked before its
-    checkpoints are read; a new --out is made last, when nothing is missing."""
-    folder, out = LatentFolder(args.data), Path(args.out)
+    """(LatentFolder, State). --out is locked before it is read; a new one is made last."""
+    folder = LatentFolder(args.data)
+    out = Path(args.out)
     args.compile = device.type == "cuda" if args.compile is None else args.compile
-    names = ["diff", "model", *(loss.name for loss in losses)]
-    if len(set(names)) < len(names):
-        raise UserError(f"losses {', '.join(names[2:])}: each needs a name of its own")
-    if len(folder.meta["classes"]) == 1:
-        warn(f"{args.data}: has one class, whose label can guide nothing")
+    args.stage = "+".join(loss.name for loss in losses)
+    args.t_of_quarters = str(models.t_of(torch.tensor([0.25, 0.5, 0.75])))  # how t is distributed
+    if len({"diff", *(loss.name for loss in losses)}) <= len(losses):
+        raise UserError(f"losses {args.stage}: each needs a name of its own")
     if args.batch_size % shares:
         raise UserError(f"--batch-size {args.batch_size}: is not divisible by {shares} shares")
-    for loss in losses:
-        loss.rows = rows_in_range(args.batch_size, shares, loss.t_min, loss.t_max)
     lock = common.lock(out) if out.exists() else None
     newest = next(iter(models.checkpoints(out)), None)
-    saved = continued(newest, args, folder, losses) if newest else None
+    saved = continued(newest, args, folder) if newest else None
     start = saved["step"] if saved else 0
     running = [loss for loss in losses if loss.weight > 0 and start < min(loss.until, args.steps)]
     for loss in running:
         loss.prepare(folder, device)
-    identities = [folder.meta["identity"], *(loss.identity for loss in losses)]
-    if len(set(common.gather(str((vars(args), start, identities))))) > 1:
+    ours = vars(args), start, folder.meta["identity"], [loss.identity for loss in losses]
+    if len(set(common.gather(str(ours)))) > 1:
         raise UserError("the processes have different settings, checkpoints, latents or teachers")
     state = State(args, folder, device, losses, running)
     state.lock = lock or common.lock(out)
+    for loss in losses:
+        loss.ema = state.ema
+        loss.rows = rows_in_range(args.batch_size, shares, loss.t_min, loss.t_max)
     if saved:
         state.load(saved, newest)
     return folder, state
 
 
 def parallel(network, args):
-    """`network` compiled and, among several processes, in DDP: few buckets, because each cuts the
-    compiled graph."""
+    """`network`, compiled and in DDP; in few buckets, because each cuts the compiled graph."""
     if args.compile:
         network = torch.compile(network, dynamic=False)
         say("compiling; on a GPU this takes about two minutes")
@@ -324,9 +301,11 @@ def parallel(network, args):
     return DDP(network, gradient_as_bucket_view=True, bucket_cap_mb=250)
 
 
-def adamw(weights, args):
-    """The optimizer of a network's weights. It may have groups with rates of their own."""
-    return AdamW(weights, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+def adamw(weights, args) -> AdamW:
+    """The optimizer of some weights. It may have several groups, each with a rate of its own."""
+    optimizer = AdamW(weights, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    optimizer.rates = [group["lr"] for group in optimizer.param_groups]  # after the warm-up
+    return optimizer
 
 
 class State:
@@ -334,53 +313,32 @@ class State:
 
     def __init__(self, args, folder, device, losses=(), running=()):
         torch.manual_seed(args.seed)
-        self.losses, self.running = losses, list(running)  # running: those that have not ended
         self.model = models.build_for(vars(args), folder.meta)
-        networks = {"model": self.model}
         for loss in running:
-            networks[loss.name] = loss.projector(self.model).to(device)
             if not 1 <= loss.depth <= self.model.depth:
-                depth = f"depth {loss.depth} of the loss {loss.name}"
-                raise UserError(f"{depth}: {args.model} has blocks 1 to {self.model.depth}")
+                raise UserError(f"loss {loss.name}: block {loss.depth} is none of {args.model}'s")
+            loss.module = loss.projector(self.model).to(device)
+            weights = list(loss.module.parameters())
+            loss.optimizer = adamw(weights, args) if weights else None
         self.model.to(device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        for loss in losses:
-            loss.ema = self.ema
-        weights = {name: list(network.parameters()) for name, network in networks.items()}
-        self.optimizers = {
-            name: adamw(tensors, args) for name, tensors in weights.items() if tensors
-        }
-        self.rates = {}  # of each group, by its first weight, before the warm-up
-        self.projectors = {loss.name: networks[loss.name] for loss in running}
+        self.optimizer = adamw(list(self.model.parameters()), args)
+        # By what their parts are called in a checkpoint: with one loss "projector", without a name
+        self.losses = {f"_{loss.name}" if i else "": loss for i, loss in enumerate(losses)}
         self.step = 0  # steps done so far
         # Sums since the last line: L_diff, each L_aux, gradient norm, number of steps
         self.sums = torch.zeros(3 + len(losses), dtype=torch.float64, device=device)
-        self.groups()
-
-    def groups(self) -> list[dict]:
-        """All groups of weights. The rate that a group has when it is first seen is its own."""
-        groups = [group for each in self.optimizers.values() for group in each.param_groups]
-        for group in groups:
-            self.rates.setdefault(group["params"][0], group["lr"])
-        return groups
-
-    def end(self, ended):
-        """Forget the teacher, the projector and the optimizer of losses that have ended."""
-        for loss in ended:
-            self.running.remove(loss)
-            loss.teacher = None
-            del self.projectors[loss.name]
-            self.optimizers.pop(loss.name, None)  # a projector without weights has none
 
     def update(self, args, values):
         """Clip, AdamW, EMA."""
-        groups = self.groups()
+        own = [loss.optimizer for loss in self.losses.values() if loss.optimizer]
+        optimizers = [self.optimizer, *own]
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         weights = [weight for group in groups for weight in group["params"]]
         norm = nn.utils.clip_grad_norm_(weights, args.clip)
-        for group in groups:
-            rate = self.rates[group["params"][0]]
-            group["lr"] = rate * min(1, (self.step + 1) / max(1, args.warmup))
-        for optimizer in self.optimizers.values():
+        for optimizer in optimizers:
+            for group, rate in zip(optimizer.param_groups, optimizer.rates, strict=True):
+                group["lr"] = rate * min(1, (self.step + 1) / max(1, args.warmup))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         ramp = (1 + self.step) / (10 + self.step) if args.ema_ramp else 1.0
@@ -389,32 +347,27 @@ class State:
         self.sums += torch.cat([values, norm.reshape(1), torch.ones(1, device=values.device)])
         self.step += 1
 
-    def check_finite(self, args):
+    def check(self, args):
         """End the run before what is not finite is logged or saved; `sums` keep a NaN."""
         tensors = [self.sums, *self.model.parameters(), *self.ema.parameters()]
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
             newest = next(iter(models.checkpoints(args.out)), "the beginning")
-            what = f"step {self.step} or one before is not finite (--log-every 1 finds it)"
-            raise UserError(f"{what}; continue from {newest} with a lower --lr, --clip or weight")
+            fix = f"continue from {newest} with a lower --lr, --clip or weight"
+            raise UserError(f"step {self.step} (or one since the last line) is not finite; {fix}")
 
     def parts(self) -> dict:
         """What has a state dict, by its name in a checkpoint; None if it is no longer there."""
-        parts = {"model": self.model, "ema": self.ema, "opt": self.optimizers["model"]}
-        for loss in self.losses:
-            parts[self.key("projector", loss)] = self.projectors.get(loss.name)
-            parts[self.key("projector_opt", loss)] = self.optimizers.get(loss.name)
+        parts = {"model": self.model, "ema": self.ema, "opt": self.optimizer}
+        for name, loss in self.losses.items():
+            parts |= {f"projector{name}": loss.module, f"projector_opt{name}": loss.optimizer}
         return parts
-
-    def key(self, what, loss) -> str:
-        """The name in a checkpoint of what belongs to a loss; the first loss has it as it is."""
-        return what if loss is self.losses[0] else f"{what}_{loss.name}"
 
     def save(self, args, folder, rank):
         """Write ckpt-<step>.pt whole or not at all; all processes learn whether it worked."""
         content = {name: part and part.state_dict() for name, part in self.parts().items()}
-        content.update({self.key("identity", loss): loss.identity for loss in self.losses})
+        content.update({f"identity{name}": loss.identity for name, loss in self.losses.items()})
         content.update(format=models.FORMAT, step=self.step, sums=self.sums.tolist())
-        content.update(args=identifying(args, self.losses), meta=folder.meta)
+        content.update(args=vars(args), meta=folder.meta)
         path = Path(args.out) / f"ckpt-{self.step:07d}.pt"
         failure = None
         try:
@@ -430,8 +383,8 @@ class State:
             raise UserError(failure)
 
     def load(self, saved, path):
-        for loss in self.running:
-            if saved[self.key("identity", loss)] not in (None, loss.identity):
+        for name, loss in self.losses.items():
+            if loss.module and saved[f"identity{name}"] not in (None, loss.identity):
                 raise UserError(f"{path}: was trained with another teacher; give that one")
         with common.reading(path, "is damaged, or of another network"):
             for name, part in self.parts().items():
@@ -441,28 +394,20 @@ class State:
             self.sums.copy_(torch.tensor(saved["sums"], dtype=torch.float64))
 
 
-def identifying(args, losses) -> dict:
-    """What a checkpoint keeps of a run, to tell whether it may be continued."""
-    quarters = models.t_of(torch.tensor([0.25, 0.5, 0.75])).tolist()  # the distribution of t
-    names = "+".join(loss.name for loss in losses)
-    return {**vars(args), "stage": names, "t_of_quarters": [round(t, 4) for t in quarters]}
-
-
-def continued(path, args, folder, losses) -> dict:
+def continued(path, args, folder) -> dict:
     """The checkpoint at `path`; UserError if it was trained with other settings or latents."""
     saved = models.read_checkpoint(path)
-    now, step = identifying(args, losses), saved["step"]
-    defaults = {field.name: field.default for field in fields(args)}
-    before = {**defaults, "t_of_quarters": [0.25, 0.5, 0.75], **saved["args"]}  # of older versions
+    step, now, wrong = saved["step"], vars(args), []
+    change = {field.name: field.metadata.get("change") for field in fields(args)}
+    older = {"t_of_quarters": "tensor([0.2500, 0.5000, 0.7500])"}  # what older versions lack
+    before = {field.name: field.default for field in fields(args)} | older | saved["args"]
     same = saved["meta"]["identity"] == folder.meta["identity"]
     before["data"] = args.data if same else "(other latents)"  # the content counts, not the path
-    change = {field.name: field.metadata.get("change") for field in fields(args)}
-    wrong = []
     for key in sorted(before):
+        difference = f"{common.flag(key)} {before[key]} -> {now.get(key, '(no such setting)')}"
         if before[key] == now.get(key) or change.get(key) == "free":
             continue
-        difference = f"{common.flag(key)} {before[key]} -> {now.get(key, 'no such setting')}"
-        if change.get(key) == "printed" and before[key] != 0:  # of weight 0 nothing has learned
+        if change.get(key) == "printed" and before[key] != 0:  # a weight of 0 taught nothing
             say(f"continued with {difference}")
         else:
             wrong.append(difference)
@@ -474,14 +419,12 @@ def continued(path, args, folder, losses) -> dict:
 
 
 # ---- The log, and signals
-
-
 class Log:
     """log.jsonl, the same in every run of these settings, and the line for the terminal."""
 
     def __init__(self, args, losses, state, rank):
         self.args, self.state, self.rank = args, state, rank
-        self.names = ["diff", *(loss.name for loss in losses)]
+        self.names = ["loss_diff", *(f"loss_{loss.name}" for loss in losses), "grad_norm"]
         self.path = Path(args.out) / "log.jsonl"
         self.time, self.step = time.time(), state.step
         if rank == 0 and self.path.exists():
@@ -498,49 +441,43 @@ class Log:
         self.state.sums.zero_()
         if self.rank > 0:
             return
-        *values, norm = (total / count for total in sums)
-        losses = dict(zip(self.names, values, strict=True))
-        step, lr = self.state.step, self.state.optimizers["model"].param_groups[0]["lr"]
-        record = {"step": step, **{f"loss_{name}": value for name, value in losses.items()}}
+        step, lr = self.state.step, self.state.optimizer.param_groups[0]["lr"]
+        means = dict(zip(self.names, (total / count for total in sums), strict=True))
         try:
             with open(self.path, "a") as file:
-                file.write(json.dumps({**record, "grad_norm": norm, "lr": lr}) + "\n")
+                file.write(json.dumps({"step": step, **means, "lr": lr}) + "\n")
         except OSError as error:  # a full disk stops the run only if the checkpoint fails, too
             warn(f"{self.path}: could not be written ({error})")
         seconds = (time.time() - self.time) / (step - self.step)  # of a step
         self.time, self.step = time.time(), step
         rate, left = self.args.batch_size / seconds, (self.args.steps - step) * seconds / 60
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
-        far = f"step {step}/{self.args.steps}  {shown}  grad {norm:.3f}"
-        say(f"{far}  {rate:.0f} images/s  {left:.1f} min left")
+        shown = "  ".join(f"{name[5:]} {value:.4f}" for name, value in means.items())
+        say(f"step {step}/{self.args.steps}  {shown}  {rate:.0f} images/s  {left:.1f} min left")
 
 
-class Stop:
-    """In `with Stop()`, the first signal asks to finish the step, save and leave; the second does
-    what it did before."""
+@contextlib.contextmanager
+def heard_signals():
+    """A list that is not empty after the first signal; the second does what it did before."""
+    heard, before = [], {}
 
-    def __enter__(self):
-        self.asked, self.before = 0.0, {}  # the time of the first signal; the handlers before
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):  # Slurm's
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                self.before[number] = signal.signal(number, self.hear)
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def hear(self, number, frame):
-        if not self.asked:
-            self.asked = time.time()
-        elif time.time() > self.asked + 1:  # torchrun sends each signal twice within a moment
-            signal.signal(number, self.before[number])
+    def hear(number, frame):
+        if not heard:
+            heard.append(time.time())
+        elif time.time() > heard[0] + 1:  # torchrun sends each signal twice within a moment
+            signal.signal(number, before[number])
             os.kill(os.getpid(), number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):  # Slurm's
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            before[number] = signal.signal(number, hear)
+    try:
+        yield heard
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---- Stage 1: L = L_diff + 0.5 L_align, where 0.4 <= t <= 0.7
-
-
 class Alignment(Auxiliary):
     """P1 answers in latent space, from h_d1, what the whole network does, or the clean latent."""
 

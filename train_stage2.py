@@ -22,15 +22,12 @@ class Settings(TrainSettings):
     teacher: str = setting("out/teacher/teacher.pt", change="free")  # known by its content
     guide_weight: float = setting(0.5, above=0, change="printed")  # of L_guide (as released: 0.15)
     guide_depth: int | None = None  # student's block ds (default: by size)
-    guide_scale: float | None = setting(
-        None, at_least=1, change="free"
-    )  # s (default: the teacher's)
+    guide_scale: float | None = setting(None, at_least=1, change="free")  # s (None: the teacher's)
     guide_steps: int = setting(100_000, at_least=0)  # guidance ends after this step
 
 
 class Guidance(Auxiliary):
-    """P2 regresses f_g, from h_ds. The teacher always gets the true label. train_stage1.train
-    calls `prepare` once, then `target` for each share of each step."""
+    """P2 regresses f_g, from h_ds. The teacher always gets the true label."""
 
     name = "guide"
 
@@ -38,18 +35,18 @@ class Guidance(Auxiliary):
         args, ours = self.args, folder.meta
         teacher, saved = load_teacher(args.teacher)
         theirs = saved["meta"]
+        names = theirs["classes"], ours["classes"]
         if theirs["identity"] is None:  # converted from another project's checkpoint
-            warn(f"{args.teacher}: does not say which latents and labels it has seen; these?")
+            seen = f"its classes begin with {names[0][:3]}, these with {names[1][:3]}"
+            warn(f"{args.teacher}: does not say which latents it has seen; {seen}")
         facts = {key: (theirs[key], ours[key]) for key in ("channels", "height", "scale")}
-        facts["classes"] = len(theirs["classes"]), len(ours["classes"])
+        facts["classes"] = names if sorted(names[0]) == sorted(names[1]) else map(len, names)
         facts["patch"] = teacher.patch, models.parse_name(args.model)[1]
         facts["VAE"] = theirs["vae"].get("identity"), ours["vae"].get("identity")
         facts["latents"] = theirs["identity"], ours["identity"]
         for what, (its, needed) in facts.items():
             if its not in (None, needed):  # None: it does not say
-                raise UserError(
-                    f"--teacher {args.teacher}: has {what} {its}, not {needed}; give this run's own"
-                )
+                raise UserError(f"{args.teacher}: has {what} {its}, not {needed}; build another")
         self.s = saved["scale"] if args.guide_scale is None else args.guide_scale
         self.identity = fingerprint(self.s, *teacher.state_dict().values())
         self.teacher = teacher.to(device)

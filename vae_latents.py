@@ -2,15 +2,16 @@
 
     python vae_latents.py --images DIR --vae data/sd-vae.pt --out data/imagenet256
 
-The same command continues a killed run, and torchrun shares the work. The folder: moments.npy,
-whose row i (2C, H, W) is the mean, then the std, of image i's posterior, for the first N rows;
-labels.npy (N,), the classes; files.json, the names; and meta.json, which is written last.
+The same command continues a killed run, and torchrun shares the work. The folder holds
+moments.npy, whose row i (2C, H, W) is the mean, then the std of image i's posterior; labels.npy
+(N,); files.json, the names; and meta.json, which is written last.
 """
 
 import contextlib
 import fnmatch
 import json
 import os
+import re
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps, PngImagePlugin
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import common
 from common import UserError, chunks_to_do, fingerprint, progress, say, setting, shared_array, warn
@@ -29,10 +29,9 @@ from common import UserError, chunks_to_do, fingerprint, progress, say, setting,
 FORMAT = 1  # of the latent folder
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # or Pillow refuses PNGs with a large colour profile
 
+
 # ---- The KL autoencoder of latent diffusion (Rombach et al. 2022, arXiv 2112.10752); the names
 # of its tensors are those of diffusers
-
-
 class ResnetBlock(nn.Module):
     def __init__(self, in_channels, out_channels, groups):
         super().__init__()
@@ -41,12 +40,12 @@ class ResnetBlock(nn.Module):
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
-        self.conv_shortcut = None if same else nn.Conv2d(in_channels, out_channels, 1)
+        self.conv_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.conv_shortcut(x) if self.conv_shortcut else x)
+        return h + self.conv_shortcut(x)
 
 
 class AttentionBlock(nn.Module):
@@ -64,15 +63,6 @@ class AttentionBlock(nn.Module):
         return x + self.to_out[0](h)[:, 0].transpose(1, 2).reshape(x.shape)
 
 
-def resample(channels, direction) -> nn.Module:
-    """Half the resolution ("down") or twice ("up")."""
-    if direction == "down":  # padded right and below alone, as the published weights expect
-        resize, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2)
-    else:
-        resize, conv = nn.Upsample(scale_factor=2), nn.Conv2d(channels, channels, 3, padding=1)
-    return nn.Sequential(OrderedDict(resize=resize, conv=conv))
-
-
 class Coder(nn.Module):
     """The encoder ("down") or decoder ("up"); `channels` of its stages in the order they run."""
 
@@ -87,7 +77,12 @@ class Coder(nn.Module):
                 before = width
             stage = nn.ModuleDict({"resnets": resnets})
             if i < len(channels) - 1:
-                stage[f"{direction}samplers"] = nn.ModuleList([resample(width, direction)])
+                resize, stride = nn.Upsample(scale_factor=2), {"padding": 1}
+                if direction == "down":  # padded right and below alone, as published weights expect
+                    resize, stride = nn.ZeroPad2d((0, 1, 0, 1)), {"stride": 2}
+                conv = nn.Conv2d(width, width, 3, **stride)
+                sampler = nn.Sequential(OrderedDict(resize=resize, conv=conv))
+                stage[f"{direction}samplers"] = nn.ModuleList([sampler])
             stages.append(stage)
         self.add_module(f"{direction}_blocks", stages)
         inner = channels[-1] if direction == "down" else channels[0]
@@ -158,8 +153,7 @@ def load_vae(path) -> AutoencoderKL:
     with common.reading(path, f"is no VAE file for --vae; {convert}"):
         saved = common.load_file(path)
         scale, state = float(saved["scale"]), saved["model"]  # a scale is never assumed
-        # The sizes are read off the tensors: one conv1 a ResnetBlock, one resnets.0 a stage
-        convs = sorted(fnmatch.filter(state, "encoder.down*.conv1.weight"))
+        convs = sorted(fnmatch.filter(state, "encoder.down*.conv1.weight"))  # 1 a ResnetBlock
         channels = [len(state[key]) for key in convs if ".resnets.0." in key]
         latent_channels = len(state["quant_conv.bias"]) // 2
         vae = AutoencoderKL(channels, latent_channels, len(convs) // len(channels), scale)
@@ -171,7 +165,7 @@ def load_vae(path) -> AutoencoderKL:
 
 def find_vae(given, meta) -> AutoencoderKL:
     """The VAE to decode with: `given`, or else the one that encoded the latents of `meta`."""
-    path = given or meta["vae"]["path"]
+    path = given or meta["vae"]["path"] or "(no path in meta.json)"
     vae = load_vae(path)
     fits = (vae.latent_channels, vae.scale) == (meta["channels"], meta["scale"])
     same = meta["vae"].get("identity") in (None, vae.identity())
@@ -183,19 +177,23 @@ def find_vae(given, meta) -> AutoencoderKL:
 
 
 # ---- Image files
+ENDINGS = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+TABLES = (".json", ".jsonl", ".txt", ".cls", ".csv", ".tsv", ".parquet")  # may hold labels
 
 
-def open_image(path, size=None) -> np.ndarray:
+def open_image(path, size=None, white=65535) -> np.ndarray:
     """Any image file as RGB (H, W, 3) uint8, upright; with `size`, its centre (size, size, 3),
-    cut as ADM does it (Dhariwal & Nichol 2021)."""
+    cut as ADM does it (Dhariwal & Nichol 2021). `white` is that of numbers of 16 bits."""
     with Image.open(path) as image:
+        has_16_bits = ";16" in f"{image.mode} {image.tile}"
         image.load()
         with contextlib.suppress(Exception):  # damaged metadata is no reason to lose the picture
             ImageOps.exif_transpose(image, in_place=True)  # it turns before it writes metadata
         if image.mode in ("I", "F"):  # which of their numbers is white?
             raise ValueError("its pixels have 32 bits; save it with 8 or 16")
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray(np.uint8(np.asarray(image) / 257 + 0.5))  # 65535 is white
+        if has_16_bits:  # Pillow keeps all bits of grey, of colours the upper eight
+            unit = white / 255 if image.mode.startswith("I;16") else white / 65535
+            image = Image.fromarray(np.uint8((np.asarray(image) / unit + 0.5).clip(max=255)))
         if "A" in image.mode or "transparency" in image.info:  # laid on white
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -211,82 +209,101 @@ def open_image(path, size=None) -> np.ndarray:
     return np.asarray(image)[top : top + size, left : left + size]
 
 
-def image_files(folder, seen: set, left_out: list) -> list[str]:
-    """The image files below `folder`, by folder and name; all others go to `left_out`."""
+def image_files(folder, seen: set, left_out: list) -> list[tuple[str, int]]:
+    """(Path, bytes) of each image file, by folder and name; `left_out` gets all other paths."""
     files = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        real = os.path.realpath(entry.path)
-        is_image = os.path.isfile(real) and entry.name.lower().endswith(IMG_EXTENSIONS)
-        if entry.name.startswith(".") or real in seen or not (is_image or entry.is_dir()):
+        is_image = entry.is_file() and os.path.splitext(entry.name)[1].lower() in ENDINGS
+        stat = entry.stat() if is_image or entry.is_dir() else None
+        inode = stat and (stat.st_dev, stat.st_ino)
+        if stat is None or inode in seen or entry.name.startswith("."):
             left_out.append(entry.path)
             continue
-        seen.add(real)  # each file counts once, whatever links to it
-        files += [entry.path] if is_image else image_files(entry.path, seen, left_out)
-    return sorted(files, key=os.path.split)
+        seen.add(inode)  # each file counts once, whatever links to it
+        own = [(entry.path, stat.st_size)]
+        files += own if is_image else image_files(entry.path, seen, left_out)
+    return sorted(files, key=lambda found: os.path.split(found[0]))
 
 
 class Images(Dataset):
-    """DIR/<class>/**. Item i: (pixels (size, size, 3) uint8, ""), or (None, what is wrong)."""
+    """The images of DIR/<class>/**, or those that DIR/dataset.json lists (EDM, Karras et al. 2022).
+    Item i: (pixels (size, size, 3) uint8, ""), or (None, what is wrong)."""
 
-    def __init__(self, root, size):
-        self.size = size
-        inside = sorted(os.listdir(root))
-        folders = [name for name in inside if os.path.isdir(os.path.join(root, name))]
-        self.classes = [name for name in folders if not name.startswith(".")]
-        seen, left_out = {os.path.realpath(root)}, []
-        found = [image_files(os.path.join(root, name), seen, left_out) for name in self.classes]
-        self.files = [file for files in found for file in files]
-        self.names = [os.path.relpath(file, root) for file in self.files]
-        self.labels = [label for label, files in enumerate(found) for _ in files]
-        if not found or not all(found):
-            empty = [name for name, files in zip(self.classes, found, strict=True) if not files]
-            raise UserError(f"--images {root}: needs a folder for each class; empty: {empty}")
+    def __init__(self, root, size, white=65535):
+        self.size, self.white, left_out, seen = size, white, [], set()
+        say(f"--images {root}: listing")
+        inside = sorted(os.scandir(root), key=lambda entry: entry.name)
+        folders = [entry for entry in inside if entry.is_dir() and not entry.name.startswith(".")]
+        beside = [entry.path for entry in inside if entry not in folders]
+        if (edm := os.path.join(root, "dataset.json")) in beside:
+            with common.reading(edm, "is no list of [name, label]; write it with EDM's tool"):
+                pairs = sorted(json.loads(Path(edm).read_text())["labels"])
+                paths = [os.path.join(root, name) for name, _ in pairs]
+                found = [(path, os.stat(path).st_size) for path in paths]
+                self.labels = [range(10**6)[label] for _, label in pairs]  # whole numbers
+                self.classes = [str(label) for label in range(1 + max(self.labels))]
+        else:
+            below = [image_files(entry, seen, left_out) for entry in progress("listed", folders)]
+            found = [entry for entries in below for entry in entries]
+            self.labels = [label for label, files in enumerate(below) for _ in files]
+            self.classes = [entry.name for entry in folders]
+            self.check_classes(f"--images {root}", [*beside, *left_out])
+        self.files, sizes = map(list, zip(*found, strict=True))
+        self.names = [os.path.relpath(path, root) for path in self.files]
+        some = [path for path in self.files[:: 1 + len(found) // 64] if os.access(path, os.R_OK)]
+        contents = [Path(path).read_bytes() for path in some]
+        self.identity = fingerprint(self.names, sizes, contents)  # without times: a copy has others
         names = f"{len(self.classes)} classes ({', '.join(self.classes[:10])})"
-        others = f"{len(inside) - len(self.classes)} beside the classes, {len(left_out)} in them"
-        say(f"{len(self.files)} images of {names}; hidden, linked twice or no images: {others}")
-        splits = "train training val valid validation test testing images __macosx".split()
-        if len(self.classes) == 1 or any(name.lower() in splits for name in self.classes):
-            warn(f"--images {root}: each folder in it becomes a class: {names}")
+        others = f"{len(beside)} beside the classes, {len(left_out)} in them {left_out[:1]}"
+        say(f"{len(found)} images of {names}; hidden, linked twice or no images: {others}")
 
-    def __len__(self):
-        return len(self.files)
+    def check_classes(self, subject, others):
+        """Refuse folders that are no classes, by what lies beside or in them; warn of odd names."""
+        tables = [path for path in others if os.path.splitext(path)[1] in TABLES]
+        numbered = all(re.fullmatch(r"\D*\d{1,6}", name) for name in self.classes)
+        splits = "train training val valid validation test testing images __macosx".split()
+        if tables and (numbered or 2 * len(tables) > len(self.labels)):
+            fix = f"write EDM's dataset.json, or move {tables[0]} away if each folder is a class"
+            raise UserError(f"{subject}: its folders look like shards with labels beside; {fix}")
+        if len(full := {*self.labels}) < max(1, len(self.classes)):
+            empty = [name for label, name in enumerate(self.classes) if label not in full]
+            raise UserError(f"{subject}: needs a folder for each class; empty: {empty}")
+        if len(full) == 1 or {name.lower() for name in self.classes} & {*splits}:
+            warn(f"{subject}: each folder in it becomes a class: {', '.join(self.classes[:10])}")
 
     def __getitem__(self, i):
         try:
-            return open_image(self.files[i], self.size), ""
+            return open_image(self.files[i], self.size, self.white), ""
         except Exception as error:  # Pillow's have many types
             return None, f"{self.files[i]} ({type(error).__name__}: {error})"
 
 
 # ---- The latent folder
-
-
 class LatentFolder:
     """A complete folder: .meta (dict), .labels (N,) int64, .moments (N, 2C, H, W) float16 map.
-    .meta["identity"] hashes labels and 64 rows: other pictures are other data, another path is
-    not."""
+    .meta["identity"] hashes the content, not the path. meta.json needs format, num_images,
+    channels, height, width, scale, classes (names); without vae (path, identity) give --vae."""
 
     def __init__(self, path):
         self.path = path = Path(path)
         if not (path / "meta.json").is_file():
-            raise UserError(
-                f"{path}: is no complete latent folder; make or finish it by vae_latents.py"
-            )
-        with common.reading(path, "is damaged; remove it and run vae_latents.py again"):
+            raise UserError(f"{path}: is no complete latent folder; run vae_latents.py for it")
+        with common.reading(path, "is damaged, or not of vae_latents.py; make it anew"):
             self.meta = meta = json.loads((path / "meta.json").read_text())
             labels = np.load(path / "labels.npy").astype(np.int64, casting="safe")
             self.labels, N = torch.from_numpy(labels), meta["num_images"]
-            self.moments = np.load(path / "moments.npy", mmap_mode="r")[:N]
+            self.moments = np.load(path / "moments.npy", mmap_mode="c")[:N]  # "c": a private map
             C, H, W = self.shape = meta["channels"], meta["height"], meta["width"]
             found = self.moments.dtype, self.moments.shape, labels.shape
-            if found != (np.float16, (N, 2 * C, H, W), (N,)):
-                raise ValueError(f"moments.npy and labels.npy are {found}")
-            if labels.min() < 0 or labels.max() >= len(meta["classes"]):
-                raise ValueError(f"has labels from {labels.min()} to {labels.max()}")
-            if meta["format"] != FORMAT or not 0 < meta["scale"] < float("inf"):
-                raise ValueError(f"format {meta['format']}, scale {meta['scale']}")
+            if found != (np.float16, (N, 2 * C, H, W), (N,)) or H != W:
+                raise ValueError(f"moments.npy and labels.npy are {found}, of {H} x {W}")
+            lowest, highest, scale = labels.min(), labels.max(), meta["scale"]
+            valid = lowest >= 0 and highest < len(meta["classes"]) and 0 < scale < float("inf")
+            if meta["format"] != FORMAT or not valid:
+                raise ValueError(f"labels {lowest} to {highest}, scale {scale}, {meta['format']=}")
             some = self.moments[np.linspace(0, N - 1, min(N, 64)).astype(int)]
             meta["identity"] = fingerprint(self.labels, meta["classes"], meta["scale"], some)
+            meta.setdefault("vae", {"path": None, "identity": None})
 
     def __len__(self):
         return len(self.labels)
@@ -299,24 +316,24 @@ class LatentFolder:
 
 
 # ---- Encoding
-
 DONE, UNREADABLE = 1, 2  # what has become of an image; 0 is to do
 
 
 @dataclass
 class Settings:
-    images: str | None = None  # DIR, with DIR/<class>/**/*.jpg
-    vae: str | None = None  # from experiments/convert_vae.py, or small_vae.py for small images
+    images: str | None = None  # DIR, with DIR/<class>/**/*.jpg, or with EDM's DIR/dataset.json
+    vae: str | None = None  # from experiments.latents.convert_vae, or small_vae for small images
     out: str = "data/imagenet256"  # folder to make
-    image_size: int = setting(256, at_least=8)  # side in pixels after the crop, a multiple of 8
+    image_size: int = setting(256, at_least=2)  # side in pixels after the crop
+    white: int = setting(65535, at_most=65535)  # the number of white in images of 16 bits
     batch_size: int = 64  # images encoded at once
     device: str = "auto"  # cpu, cuda or cuda:N; auto is cuda where there is one
 
 
 @torch.no_grad()
-def encode(images, vae, moments, done, batch, rank, world):
+def encode(images, vae, device, moments, done, batch_size, rank, world):
     """Fill `moments` and `done` chunk by chunk; the VAE runs in float32 (TF32 on a card)."""
-    device, todo = next(vae.parameters()).device, chunks_to_do(done, batch, rank, world)
+    todo = chunks_to_do(done, batch_size, rank, world)
     workers = min(8, os.cpu_count() // world) if device.type == "cuda" else 0
     loader = DataLoader(images, batch_sampler=todo, num_workers=workers, collate_fn=list)
     for rows, items in zip(progress("encoded: batch", todo, world), loader, strict=True):
@@ -343,7 +360,7 @@ def finish(images, vae, moments, done, meta, out):
         for label in set(images.labels) - {images.labels[i] for i in kept}:
             raise UserError(f"nothing is left of class {images.classes[label]}: {what}")
         warn(f"left out: {what}")
-        # Rows behind the first len(kept) fill the holes before; a killed run may repeat this
+        # A killed run repeats this: the rows that fill the holes stay where they were
         holes, last = unreadable[unreadable < len(kept)], kept[kept >= len(kept)]
         moments[holes] = moments[last]
         moments.flush()
@@ -352,8 +369,9 @@ def finish(images, vae, moments, done, meta, out):
     some = moments[: len(kept) : 1 + len(kept) // 4096].astype(float)
     mean, std = np.split(some, 2, axis=1)
     meta["std"] = float(vae.scale * np.sqrt(mean.var() + (std**2).mean()))  # of x0
-    meta.update(format=FORMAT, num_images=len(kept), classes=images.classes, scale=vae.scale)
-    meta.update(channels=mean.shape[1], height=mean.shape[2], width=mean.shape[3])
+    meta |= {"format": FORMAT, "num_images": len(kept), "classes": images.classes}
+    channels, height, width = mean.shape[1:]
+    meta |= {"channels": channels, "height": height, "width": width, "scale": vae.scale}
     with common.atomic_write(out / "labels.npy") as file:
         np.save(file, np.array(images.labels, dtype=np.int64)[kept])
     for name, content in (("files", [images.names[i] for i in kept]), ("meta", meta)):
@@ -366,31 +384,31 @@ def finish(images, vae, moments, done, meta, out):
 
 def main():
     args = common.parse_settings(Settings, __doc__)
-    if args.image_size % 8 or not args.vae or not args.images:
-        raise UserError("give --images DIR, --vae FILE and an --image-size that 8 divides")
+    if not args.vae or not args.images:
+        raise UserError("--images DIR and --vae FILE: are both needed; give them")
     device, rank, world = common.setup(args.device)
     vae = load_vae(args.vae)
-    images = Images(args.images, args.image_size)
+    if args.image_size % vae.factor or args.image_size < 2 * vae.factor:
+        fits = f"must be {vae.factor} times a whole number, from 2 on, as the VAE has it"
+        raise UserError(f"--image-size {args.image_size}: {fits}")
+    listed = Images(args.images, args.image_size, args.white) if rank == 0 else None
+    images = common.gather(listed)[0]  # one process lists for all
     out = Path(args.out)
-    stats = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, images.files)]
-    tag = fingerprint(images.names, stats, args.image_size, vae.identity())[:12]
+    tag = fingerprint(images.identity, args.image_size, args.white, vae.identity())[:12]
     _lock = common.lock(out)  # until main returns
     part = out / f"done-{tag}.part.npy"
     if (out / "meta.json").is_file():
         if LatentFolder(out).meta.get("tag") != tag:
             raise UserError(f"{out}: holds other images' or VAE's latents; choose another --out")
         return say(f"{out}: is complete already")
-    if rank == 0 and not (part.exists() and (out / "moments.npy").exists()):
-        for old in out.glob("done-*.part.*"):
-            warn(f"{old}: is of other images or another VAE, and is removed")
-            old.unlink()
-        (out / "moments.npy").unlink(missing_ok=True)
-    done = shared_array(part, (len(images),), np.uint8, rank)
-    side = args.image_size // vae.factor
-    shape = (len(images), 2 * vae.latent_channels, side, side)
+    if not part.exists() and (out / "moments.npy").exists():
+        raise UserError(f"{out}: holds a part of other latents; remove it, or choose another --out")
+    common.gather()  # all have looked before the first one writes
+    done = shared_array(part, (len(images.files),), np.uint8, rank)
+    shape = (len(images.files), 2 * vae.latent_channels, *2 * [args.image_size // vae.factor])
     moments = shared_array(out / "moments.npy", shape, np.float16, rank)
     vae = vae.to(device, memory_format=torch.channels_last)
-    encode(images, vae, moments, done, args.batch_size, rank, world)
+    encode(images, vae, device, moments, done, args.batch_size, rank, world)
     common.gather()  # wait for the others
     if not done.all():
         raise UserError(f"{out}: some images are not encoded yet; run the same command again")
