@@ -45,10 +45,10 @@ def parse_settings(Settings: type, doc: str):
         options = {"type": kind, "choices": f.metadata.get("choices")}
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
-        name = flag(f.name)
+        names, options["dest"] = [flag(f.name)], f.name
         if "positional" in f.metadata:
-            name, options["nargs"] = f.name, "?" if f.default is None else None
-        parser.add_argument(name, default=f.default, help=help.replace("%", "%%"), **options)
+            names, options["nargs"] = [], "?" if f.default is None else None
+        parser.add_argument(*names, default=f.default, help=help.replace("%", "%%"), **options)
     settings = Settings(**vars(parser.parse_args()))
     for f in fields(Settings):
         value = getattr(settings, f.name)
@@ -66,7 +66,7 @@ def parse_settings(Settings: type, doc: str):
 
 
 def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return "--" + name.rstrip("_").replace("_", "-")  # from_ is --from
 
 
 def refuse(message):

@@ -259,12 +259,15 @@ def load_checkpoint(path, weights="ema", null_label_for="") -> tuple[SiT, dict]:
         path = next(iter(checkpoints(path)), Path(path) / "ckpt-*.pt")
     saved = read_checkpoint(path)
     args = saved["args"]
+    if weights == "any":  # the raw weights, or an average that is alone
+        weights = "model" if "model" in saved else "ema"
     with reading(path, f"holds no {weights} network; try --weights model or ema"):
         model = build_for(args, saved["meta"])
         model.load_state_dict(saved[weights])
         initial = 0.0 if args["ema_ramp"] else args["ema"] ** saved["step"]
     if weights == "ema" and initial > 0.1:  # the share of the initial weights in the average
-        raise UserError(f"{path}: its average is {initial:.0%} untrained; use --weights model")
+        remedy = "use --weights model" if "model" in saved else "take a later checkpoint"
+        raise UserError(f"{path}: its average is {initial:.0%} untrained; {remedy}")
     if null_label_for and args["label_drop"] == 0:
         raise UserError(f"{path}: {null_label_for} needs a null label; --label-drop 0 trained none")
     return model.eval(), saved
