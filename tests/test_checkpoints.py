@@ -4,6 +4,7 @@ teacher from an average alone; the curve of a run."""
 import argparse
 import json
 import math
+import re
 import shutil
 import sys
 
@@ -12,7 +13,7 @@ import pytest
 import scipy.linalg
 import torch
 import torch.nn.functional as F
-from conftest import build, call, tiny, write_checkpoint
+from conftest import ROOT, build, call, tiny, write_checkpoint
 
 import build_teacher
 import fid
@@ -228,7 +229,7 @@ def test_raw_weights_are_exported_on_demand_and_come_back_as_raw_ones(plain, vae
     assert same(saved["model"], exported) and "ema" not in saved
 
 
-def test_what_cannot_be_exported_is_refused(plain, tmp_path, monkeypatch):
+def test_what_cannot_be_exported_is_refused(plain, vae_file, tmp_path, monkeypatch):
     normed = write_checkpoint(tmp_path / "normed.pt", random_weights(True), "SiT-N/8")
     refused(export, normed, tmp_path / "o.pt", "--for", "sit", says=[normed, "q and k", "--for"])
     refused(export, normed, tmp_path / "o.bin", says=["o.bin", ".safetensors or .pt"])
@@ -241,6 +242,9 @@ def test_what_cannot_be_exported_is_refused(plain, tmp_path, monkeypatch):
     missing = ["o.safetensors", "pip install safetensors"]
     refused(export, normed, tmp_path / "o.safetensors", says=missing)
     assert not list(tmp_path.glob("o.*"))
+    (tmp_path / "theirs.safetensors").write_text("weights")
+    flags = [tmp_path / "theirs.safetensors", tmp_path / "o.pt", "--vae", vae_file, *SAID]
+    refused(convert_sit, *flags, says=["theirs.safetensors", "pip install safetensors"])
 
 
 def test_a_wrong_guess_is_refused_where_it_can_be_told(plain, vae_file, tmp_path):
@@ -596,3 +600,28 @@ def test_frechet_distance_equals_pytorch_fids():
             raise
         pytest.skip(f"pytorch-fid does not run with SciPy {scipy.__version__}: {error}")
     assert fid.frechet_distance(*both) == pytest.approx(want, rel=1e-6)
+
+
+# ---- docs/elsewhere.md
+
+PAGE = (ROOT / "docs/elsewhere.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```\n```text\n(.*?)```", PAGE, re.S)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_what_the_page_says_of_elsewhere_is_seen(number, capsys):
+    """Where the versions that it names are installed: of others it says nothing."""
+    code, printed = SNIPPETS[number]
+    first = re.match(r"(?:import|from) ([\w, ]+?)(?: import|\.|\n)", code)[1]
+    for name in first.split(", "):
+        module = pytest.importorskip(name)
+        named = re.search(rf"{module.__name__} (\d+\.\d+\.\d+)", PAGE, re.I)
+        if named and module.__version__ != named[1]:
+            pytest.skip(f"{module.__name__} is {module.__version__}, the page is of {named[1]}")
+    exec(code, {})
+    assert capsys.readouterr().out == printed
+
+
+def test_the_page_has_a_snippet_of_each_claim():
+    assert len(SNIPPETS) == 6
