@@ -98,7 +98,8 @@ def read_lines(run: Path) -> list[dict]:
 
 def recipe_of(args) -> dict:
     """What two lines of one curve have in common."""
-    recipe = {name: getattr(args, name) for name in (*SAMPLING, "inception")}
+    recipe = {name: getattr(args, name) for name in SAMPLING}
+    recipe["inception"] = args.inception and Path(args.inception).name
     reference = Path(args.reference)  # another path is not another reference
     size = reference.stat().st_size if reference.is_file() else None
     return {**recipe, "reference": reference.name, "reference_bytes": size}
