@@ -54,8 +54,10 @@ def main():
     out = Path(args.out) / "teacher.pt"
     if out.exists():
         raise UserError(f"{out}: exists already; remove it, or choose another --out")
-    model, saved = models.load_checkpoint(args.ckpt, "model", null_label_for="f_u")
-    name, step = saved["args"]["model"], saved["step"]  # "model": the raw weights, as the paper
+    model, saved = models.load_checkpoint(args.ckpt, "any", null_label_for="f_u")
+    name, step = saved["args"]["model"], saved["step"]
+    if "model" not in saved:  # the raw weights, with which the paper teaches
+        say(f"{args.ckpt}: holds an average alone, which teaches in place of the raw weights")
     depth = args.teacher_depth or models.parse_name(name)[0].teacher_depth
     if depth > model.depth:
         raise UserError(f"--teacher-depth {depth}: {name} has blocks 1 to {model.depth}")

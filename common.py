@@ -44,34 +44,32 @@ def parse_settings(Settings: type, doc: str):
         options = {"type": kind, "choices": f.metadata.get("choices")}
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
+        names, options["dest"] = [flag(f.name)], f.name
         if "positional" in f.metadata:
-            options["nargs"] = "?" if f.default is None else None
-        name = f.name if "positional" in f.metadata else flag(f.name)
-        parser.add_argument(name, default=f.default, help=help, **options)
+            names, options["nargs"] = [], "?" if f.default is None else None
+        parser.add_argument(*names, default=f.default, help=help, **options)
     settings = Settings(**vars(parser.parse_args()))
     for f in fields(Settings):
-        value = getattr(settings, f.name)
+        value, broken = getattr(settings, f.name), ""
         whole = {"at_least": 1} if type(value) is int else {}  # whole numbers count something
-        rules = {**whole, **f.metadata}
-        if value == "" and f.default != "":
-            refuse(f"{flag(f.name)}: must not be empty")
-        if isinstance(value, float) and not math.isfinite(value):
-            refuse(f"{flag(f.name)} {value}: must be a finite number")
-        for rule, limit in rules.items():
+        for rule, limit in {**whole, **f.metadata}.items():
             if rule in RULES and value is not None and not RULES[rule](value, limit):
-                refuse(f"{flag(f.name)} {value}: must be {rule.replace('_', ' ')} {limit}")
+                broken = f"{rule.replace('_', ' ')} {limit}"
+        if isinstance(value, float) and not math.isfinite(value):
+            broken = "a finite number"
+        if broken or (value == "" and f.default != ""):
+            refuse(f"{flag(f.name)} {value}: must be {broken or 'a word'}")
     return settings
 
 
 def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return "--" + name.rstrip("_").replace("_", "-")  # from_ is --from
 
 
 def refuse(message):
     raise UserError(f"{message} (--help lists the flags)")
 
 
-# ---- Messages
 class UserError(Exception):
     """A user's mistake. `run` prints it as one line on stderr and exits with status 2."""
 
@@ -80,7 +78,8 @@ def run(main):
     """Call main(). A UserError or OSError is one line and status 2, Ctrl-C status 130."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # a daemon has closed it
-        stream.reconfigure(errors="backslashreplace")  # for characters the terminal lacks
+        with contextlib.suppress(AttributeError):  # in a notebook
+            stream.reconfigure(errors="backslashreplace")  # for characters the terminal lacks
         setattr(sys, name, stream)
     status = 0
     try:
@@ -94,9 +93,13 @@ def run(main):
         if not IS_FIRST:
             time.sleep(3)  # the first process reports, then torchrun ends the others
         say(f"{Path(sys.argv[0]).name}: error: {error}", sys.stderr, rank_0_alone=False)
-    except Exception:
-        status = 1
-        traceback.print_exc()
+    except Exception as error:
+        compiling = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+        status = 2 if compiling else 1
+        if compiling:
+            say(f"error: torch.compile failed; use --no-compile ({error})"[:300], sys.stderr)
+        else:
+            traceback.print_exc()
     if dist.is_initialized():
         if status in (1, 2, 130):
             os._exit(status)  # at once: its peers may wait for it in a collective
@@ -207,6 +210,8 @@ def setup(device="auto") -> tuple[torch.device, int, int]:
     if len(found) < len(TORCHRUN):
         if found:
             warn(f"{' '.join(found)} without the rest of {TORCHRUN}: one process alone")
+        elif "SLURM_PROCID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
+            warn("Slurm's tasks do not know of each other; start them with torchrun (README.md)")
         return torch.device(device), 0, 1
     with reading(" ".join(found), "no torchrun answers there; unset these variables"):
         if not dist.is_initialized():  # gloo carries CPU tensors, NCCL CUDA's
@@ -240,8 +245,8 @@ def progress(what, items, world=1):
         now = time.time()
         if now > shown + 5 or done == len(items):
             shown, rate = now, done / (now - start + 1e-9)
-            far, left = f"{done * world}/{len(items) * world}", (len(items) - done) / rate
-            say(f"{what} {far}  {rate * world:.1f}/s  {left:.0f} s left")
+            far = f"{what} {done * world}/{len(items) * world}"
+            say(f"{far}  {rate * world:.1f}/s  {(len(items) - done) / rate:.0f} s left")
 
 
 def shared_array(path, shape, dtype, rank) -> np.ndarray:

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 
 from common import UserError, load_file, reading
 
-# Depth in blocks, width D, heads (DiT, table 1). Then three blocks, counted from 1: d1, which
-# stage 1 aligns; dt, whose tokens teach; ds, which learns them in stage 2. B's three and XL's
-# d1 are the authors', the others ours, by analogy. A size of your own is one more line.
+# Depth, width D, heads (DiT, table 1). Then blocks, counted from 1: d1, which stage 1 aligns; dt,
+# which teaches; ds, which learns in stage 2. B's and XL's d1 are the authors', the others ours.
 Size = namedtuple("Size", "depth width heads align_depth teacher_depth student_depth")
 SIZES = {  # depth, width, heads, d1, dt, ds
     "P": Size(4, 48, 2, 1, 3, 2),  # P, N: small teachers
@@ -238,12 +237,15 @@ def load_checkpoint(path, weights="ema", null_label_for="") -> tuple[SiT, dict]:
     if Path(path).is_dir():
         path = next(iter(checkpoints(path)), Path(path) / "ckpt-*.pt")
     saved = read_checkpoint(path)
+    if weights == "any":  # the raw weights, or an average that is alone
+        weights = "model" if "model" in saved else "ema"
     with reading(path, f"holds no {weights} network; try --weights model or ema"):
         args, model = saved["args"], build_for(saved["args"], saved["meta"])
         model.load_state_dict(saved[weights])
         initial = 0.0 if args["ema_ramp"] else args["ema"] ** saved["step"]
     if weights == "ema" and initial > 0.1:  # the share of the initial weights in the average
-        raise UserError(f"{path}: its average is {initial:.0%} untrained; use --weights model")
+        remedy = "use --weights model" if "model" in saved else "take a later checkpoint"
+        raise UserError(f"{path}: its average is {initial:.0%} untrained; {remedy}")
     if null_label_for and args["label_drop"] == 0:
         raise UserError(f"{path}: {null_label_for} needs a null label; --label-drop 0 trained none")
     return model.eval(), saved

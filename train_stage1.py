@@ -2,8 +2,7 @@
 
     torchrun --nproc_per_node=8 train_stage1.py                 # SiT-XL/2, the paper's settings
 
-In this order: settings; what is random in a step; the losses; the loop; its state; log and
-signals; last, all that is stage 1's own (Self-Transcendence, arXiv 2601.07773).
+In this order: settings, draws, losses, loop, state, log; last, stage 1 itself (arXiv 2601.07773).
 
 Training is a function of the step: (seed, epoch) decides the order of the images, (seed, k) all
 that is random in step k, for the whole batch, of which each process takes its rows. So the same
@@ -246,13 +245,9 @@ def train(args: TrainSettings, *losses: Auxiliary):
             state.update(args, values)  # clip, AdamW, EMA
 
             stopping = any(common.gather(bool(heard)))  # all processes stop after the same step
-            logs = state.step % args.log_every == 0
-            saves = state.step % args.save_every == 0 or state.step == args.steps or stopping
-            if logs or saves:
-                state.check(args)
-            if logs:
+            if state.step % args.log_every == 0:
                 log.write()
-            if saves:
+            if stopping or state.step % args.save_every == 0 or state.step == args.steps:
                 state.save(args, folder, rank)
             if stopping and state.step < args.steps:
                 say(f"stopped by a signal after step {state.step}, which is saved; run it again")
@@ -325,7 +320,7 @@ class State:
         self.optimizer = adamw(list(self.model.parameters()), args)
         # By what their parts are called in a checkpoint: with one loss "projector", without a name
         self.losses = {f"_{loss.name}" if i else "": loss for i, loss in enumerate(losses)}
-        self.step = 0  # steps done so far
+        self.step, self.lock = 0, None  # steps done so far; what keeps other runs out
         # Sums since the last line: L_diff, each L_aux, gradient norm, number of steps
         self.sums = torch.zeros(3 + len(losses), dtype=torch.float64, device=device)
 
@@ -349,6 +344,10 @@ class State:
 
     def check(self, args):
         """End the run before what is not finite is logged or saved; `sums` keep a NaN."""
+        path = Path(args.out, ".lock")
+        if self.lock and not (path.exists() and os.path.samefile(path, self.lock.fileno())):
+            now = os.path.realpath(f"/proc/self/fd/{self.lock.fileno()}")  # where it has gone
+            raise UserError(f"{args.out}: was moved; its checkpoints are beside {now}, go on there")
         tensors = [self.sums, *self.model.parameters(), *self.ema.parameters()]
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
             newest = next(iter(models.checkpoints(args.out)), "the beginning")
@@ -364,6 +363,7 @@ class State:
 
     def save(self, args, folder, rank):
         """Write ckpt-<step>.pt whole or not at all; all processes learn whether it worked."""
+        self.check(args)
         content = {name: part and part.state_dict() for name, part in self.parts().items()}
         content.update({f"identity{name}": loss.identity for name, loss in self.losses.items()})
         content.update(format=models.FORMAT, step=self.step, sums=self.sums.tolist())
@@ -418,7 +418,6 @@ def continued(path, args, folder) -> dict:
     return saved
 
 
-# ---- The log, and signals
 class Log:
     """log.jsonl, the same in every run of these settings, and the line for the terminal."""
 
@@ -437,6 +436,7 @@ class Log:
 
     def write(self):
         """Append the means since the last line, print them, and begin new sums."""
+        self.state.check(self.args)
         *sums, count = self.state.sums.tolist()
         self.state.sums.zero_()
         if self.rank > 0:

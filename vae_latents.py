@@ -30,8 +30,7 @@ FORMAT = 1  # of the latent folder
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # or Pillow refuses PNGs with a large colour profile
 
 
-# ---- The KL autoencoder of latent diffusion (Rombach et al. 2022, arXiv 2112.10752); the names
-# of its tensors are those of diffusers
+# ---- The KL autoencoder (Rombach et al. 2022, arXiv 2112.10752); diffusers' names of tensors
 class ResnetBlock(nn.Module):
     def __init__(self, in_channels, out_channels, groups):
         super().__init__()
@@ -142,11 +141,6 @@ def to_images(vae, x0) -> np.ndarray:
     return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
 
 
-def from_uint8(images) -> torch.Tensor:
-    """Images (N, S, S, 3) uint8 -> (N, 3, S, S) float in [-1, 1]."""
-    return torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
 def load_vae(path) -> AutoencoderKL:
     """An AutoencoderKL in eval mode from a file of {"model": tensors, "scale": number}."""
     convert = f"convert another project's: python -m experiments.latents.convert_vae {path} OUT"
@@ -220,8 +214,8 @@ def image_files(folder, seen: set, left_out: list) -> list[tuple[str, int]]:
             left_out.append(entry.path)
             continue
         seen.add(inode)  # each file counts once, whatever links to it
-        own = [(entry.path, stat.st_size)]
-        files += own if is_image else image_files(entry.path, seen, left_out)
+        size = stat.st_size
+        files += [(entry.path, size)] if is_image else image_files(entry, seen, left_out)
     return sorted(files, key=lambda found: os.path.split(found[0]))
 
 
@@ -247,7 +241,17 @@ class Images(Dataset):
             found = [entry for entries in below for entry in entries]
             self.labels = [label for label, files in enumerate(below) for _ in files]
             self.classes = [entry.name for entry in folders]
-            self.check_classes(f"--images {root}", [*beside, *left_out])
+            tables = [path for path in [*beside, *left_out] if os.path.splitext(path)[1] in TABLES]
+            numbered = all(re.fullmatch(r"\D*\d{1,6}", name) for name in self.classes)
+            splits = "train training val valid validation test testing images __macosx".split()
+            if tables and (numbered or 2 * len(tables) > len(self.labels)):
+                what = f"has folders like shards and {tables[0]} like labels"
+                raise UserError(f"{root}: {what}; write EDM's dataset.json, or move that file away")
+            if len(full := {*self.labels}) < max(1, len(self.classes)):
+                empty = [name for label, name in enumerate(self.classes) if label not in full]
+                raise UserError(f"{root}: needs a folder for each class; empty: {empty}")
+            if len(full) == 1 or {name.lower() for name in self.classes} & {*splits}:
+                warn(f"{root}: each folder in it becomes a class: {', '.join(self.classes[:10])}")
         self.files, sizes = map(list, zip(*found, strict=True))
         self.names = [os.path.relpath(path, root) for path in self.files]
         some = [path for path in self.files[:: 1 + len(found) // 64] if os.access(path, os.R_OK)]
@@ -256,20 +260,6 @@ class Images(Dataset):
         names = f"{len(self.classes)} classes ({', '.join(self.classes[:10])})"
         others = f"{len(beside)} beside the classes, {len(left_out)} in them {left_out[:1]}"
         say(f"{len(found)} images of {names}; hidden, linked twice or no images: {others}")
-
-    def check_classes(self, subject, others):
-        """Refuse folders that are no classes, by what lies beside or in them; warn of odd names."""
-        tables = [path for path in others if os.path.splitext(path)[1] in TABLES]
-        numbered = all(re.fullmatch(r"\D*\d{1,6}", name) for name in self.classes)
-        splits = "train training val valid validation test testing images __macosx".split()
-        if tables and (numbered or 2 * len(tables) > len(self.labels)):
-            fix = f"write EDM's dataset.json, or move {tables[0]} away if each folder is a class"
-            raise UserError(f"{subject}: its folders look like shards with labels beside; {fix}")
-        if len(full := {*self.labels}) < max(1, len(self.classes)):
-            empty = [name for label, name in enumerate(self.classes) if label not in full]
-            raise UserError(f"{subject}: needs a folder for each class; empty: {empty}")
-        if len(full) == 1 or {name.lower() for name in self.classes} & {*splits}:
-            warn(f"{subject}: each folder in it becomes a class: {', '.join(self.classes[:10])}")
 
     def __getitem__(self, i):
         try:
@@ -297,10 +287,11 @@ class LatentFolder:
             found = self.moments.dtype, self.moments.shape, labels.shape
             if found != (np.float16, (N, 2 * C, H, W), (N,)) or H != W:
                 raise ValueError(f"moments.npy and labels.npy are {found}, of {H} x {W}")
-            lowest, highest, scale = labels.min(), labels.max(), meta["scale"]
-            valid = lowest >= 0 and highest < len(meta["classes"]) and 0 < scale < float("inf")
-            if meta["format"] != FORMAT or not valid:
-                raise ValueError(f"labels {lowest} to {highest}, scale {scale}, {meta['format']=}")
+            scale, count = meta["scale"], len(meta["classes"])
+            inside = ((labels >= 0) & (labels < count)).all()
+            if meta["format"] != FORMAT or not inside or not 0 < scale < float("inf"):
+                labels = f"labels {labels.min()} to {labels.max()} of {count}"
+                raise ValueError(f"{labels}, scale {scale}, format {meta['format']}")
             some = self.moments[np.linspace(0, N - 1, min(N, 64)).astype(int)]
             meta["identity"] = fingerprint(self.labels, meta["classes"], meta["scale"], some)
             meta.setdefault("vae", {"path": None, "identity": None})
@@ -315,7 +306,6 @@ class LatentFolder:
         return moments, self.labels[indices]
 
 
-# ---- Encoding
 DONE, UNREADABLE = 1, 2  # what has become of an image; 0 is to do
 
 
@@ -340,7 +330,8 @@ def encode(images, vae, device, moments, done, batch_size, rank, world):
         readable = np.array([pixels is not None for pixels, _ in items])
         if readable.any():
             pixels = np.stack([pixels for pixels, _ in items if pixels is not None])
-            mean, std = vae.encode(from_uint8(pixels).to(device))
+            pixels = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2) / 127.5 - 1
+            mean, std = vae.encode(pixels)
             latents = torch.cat([mean, std], dim=1).half().cpu()
             if not latents.isfinite().all():
                 raise UserError(f"--vae: latents near {images.files[rows[0]]} are not finite")

@@ -1,4 +1,4 @@
-"""The house's own rules: the budget, and what the eight files never do. `make lint` has the rest."""
+"""The house's own rules: the budget, and what the eight files never do."""
 
 import ast
 import re
@@ -38,7 +38,7 @@ def test_the_budget():
     total = sum(map(len, lines.values()))
     assert total < 2000
     assert sum(len(documented(name)) for name in EIGHT) / total > 0.19
-    assert sum(len(line) > 96 for own in lines.values() for line in own) <= 66
+    assert sum(len(line) > 96 for own in lines.values() for line in own) <= 78
     assert not [
         node.name for _, node in nodes(ast.FunctionDef) if node.end_lineno - node.lineno >= 60
     ]
@@ -53,7 +53,7 @@ def test_models_holds_the_network_and_nothing_else():
 
 
 def test_imports_run_one_way():
-    """common <- models <- vae_latents <- sample, fid, train_stage1; build_teacher <- train_stage2."""
+    """common <- models <- vae_latents <- the others; train_stage2 is last."""
     order = "common models vae_latents sample fid train_stage1 build_teacher train_stage2".split()
     for name in order:
         imported = set(re.findall(r"^(?:from|import) (\w+)", SOURCES[name], re.M)) & set(EIGHT)
@@ -75,11 +75,13 @@ def test_no_star_into_positional_parameters():
             assert not any(isinstance(arg, ast.Starred) for arg in node.args), where
 
 
-def test_one_call_a_tuple_assignment():
+def test_a_tuple_assignment_does_not_hide_two_different_calls():
+    """`q, k = norm(q), norm(k)` is one thought; `rows, path = read(x), Path(y)` is two."""
     for where, node in nodes(ast.Assign):
         if isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple):
-            calls = [any(isinstance(n, ast.Call) for n in ast.walk(e)) for e in node.value.elts]
-            assert sum(calls) < 2, where
+            calls = [[n for n in ast.walk(e) if isinstance(n, ast.Call)] for e in node.value.elts]
+            outer = [getattr(c[0].func, "attr", getattr(c[0].func, "id", "")) for c in calls if c]
+            assert len(set(outer)) < 2, where
 
 
 def test_no_chain_of_equal_and_not_equal():
@@ -110,7 +112,7 @@ def test_files_are_loaded_as_plain_tensors(name):
     assert all("weights_only=True" in call for call in calls)
 
 
-GERMANIC = r"\busable are\b|\bempty are\b|\bneeded: |\bnone is left\b|another --out\?|, for [a-z]+ (is|are|cuts)\b"
+GERMANIC = r"\busable are\b|\bempty are\b|\bneeded: |\bnone is left\b|another --out\?|, for each "
 
 
 @pytest.mark.parametrize("name", EIGHT)

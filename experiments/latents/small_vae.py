@@ -15,7 +15,12 @@ import torch.nn.functional as F
 
 import common
 from common import UserError, progress, say, setting
-from vae_latents import AutoencoderKL, Images, ResnetBlock, from_uint8, load_vae
+from vae_latents import AutoencoderKL, Images, ResnetBlock, load_vae
+
+
+def from_uint8(images) -> torch.Tensor:
+    """Images (N, S, S, 3) uint8 -> (N, 3, S, S) float in [-1, 1]."""
+    return torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def train_small_vae(

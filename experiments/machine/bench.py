@@ -25,6 +25,7 @@ import models
 import train_stage1
 from build_teacher import guided_features
 from common import UserError, say, setting
+from experiments.latents.small_vae import from_uint8
 from sample import sample
 from train_stage1 import (
     Alignment,
@@ -37,7 +38,7 @@ from train_stage1 import (
     rows_in_range,
 )
 from train_stage2 import Guidance
-from vae_latents import AutoencoderKL, LatentFolder, from_uint8, to_images
+from vae_latents import AutoencoderKL, LatentFolder, to_images
 
 ROUNDS = 7  # in which a step is timed; the median counts
 # Dense bf16 TFLOP/s of a card, by a part of its name; the first that fits counts

@@ -4,8 +4,8 @@
     python -m experiments.methods.ddae sample --ckpt out/ddae --out out/ddae-samples
 
 c' = c + W LayerNorm(mean over tokens of h_m): what follows the middle block m, depth / 2, is told
-what that block has seen. W is zero at first. Guessed, because no code is public: the mean (not a CLS
-token), no dependence of its scale on t, the block. Left out: the contrastive loss. So this is no
+what that block has seen. W is zero at first. Guessed, because no code is public: the mean (not a
+CLS token), no dependence of its scale on t, the block. Left out: the contrastive loss. This is no
 judgement of the paper. It is a network of one's own on the loop: build_for makes models.SiT.
 """
 

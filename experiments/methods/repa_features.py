@@ -21,7 +21,8 @@ import common
 import models
 from common import UserError, say, setting
 from experiments.cifar10.judge import BATCH, describe, fit, held_out, source_images
-from vae_latents import LatentFolder, ResnetBlock, from_uint8
+from experiments.latents.small_vae import from_uint8
+from vae_latents import LatentFolder, ResnetBlock
 
 
 @dataclass
