@@ -4,7 +4,7 @@
     python -m experiments.machine.bench --device cpu      # a small size, two minutes
 
 Weights and latents are random. A step is made of the training loop's own parts: on a card compiled
-block by block first, which starts in seconds; then whole, as the loop does it. See docs/gpu.md.
+block by block first, which starts in seconds; then whole, as the loop does it. See docs/speed.md.
 """
 
 import copy
