@@ -1,39 +1,50 @@
-# make demo: the whole method on drawn shapes, on a CPU. make test: the tests. make lint: the formatter
-# and linter. make experiment: docs/results.md's figures on CIFAR-10, hours; IMAGES=DIR if it is at hand.
+# make demo: the whole method on drawn shapes, on a CPU. make test: the tests; make quick: the half
+# minute of them for an edit loop. make lint: the formatter and linter. make trajectory BASE=REVISION:
+# 50 steps of both stages, byte for byte. make experiment: docs/results.md's figures on CIFAR-10, in
+# hours; IMAGES=DIR if the images are at hand.
 PYTHON ?= python3
 PY = .venv/bin/python
+IN_VENV = PATH="$(CURDIR)/.venv/bin:$$PATH"
 
 .PHONY: demo test quick lint trajectory experiment clean
 
-.venv: requirements.txt
-	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --upgrade -r requirements.txt
-	touch .venv
+# A target of each is a file that is made last, so that an installation that failed is begun again
+.venv/run: requirements.txt
+	$(PYTHON) -m venv --clear .venv
+	$(PY) -m pip install --quiet --upgrade -r requirements.txt
+	touch .venv/run
 
-.venv/dev: requirements-dev.txt | .venv
-	.venv/bin/pip install --quiet -r requirements-dev.txt
+.venv/demo: requirements-demo.txt .venv/run
+	$(PY) -m pip install --quiet -r requirements-demo.txt
+	touch .venv/demo
+
+.venv/dev: requirements-dev.txt requirements-demo.txt .venv/run
+	$(PY) -m pip install --quiet -r requirements-dev.txt
 	touch .venv/dev
 
-demo: .venv .venv/dev
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash experiments/demo/demo.sh
+demo: .venv/demo
+	@$(IN_VENV) bash experiments/demo/demo.sh
 
-lint: .venv .venv/dev
+lint: .venv/dev
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 
-FIRST = tests/test_faults.py tests/test_silent.py tests/test_errors.py
+# Two halves side by side, because a process trains on one core
+FIRST = tests/test_continue.py tests/test_silent.py tests/test_errors.py
 
-test: .venv .venv/dev
-	@# two halves side by side: a process trains on one core
+test: .venv/dev
 	@$(PY) -m pytest -q tests $(FIRST:%=--ignore=%) >.others.log 2>&1 & others=$$!; \
 	$(PY) -m pytest -q $(FIRST); status=$$?; \
 	wait $$others || status=1; cat .others.log; exit $$status
 
-experiment: .venv .venv/dev
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash experiments/cifar10/cifar10.sh
+quick: .venv/dev
+	@$(PY) -m pytest -q -m quick tests
+
+trajectory: .venv/run
+	@$(IN_VENV) bash experiments/machine/trajectory.sh $(BASE)
+
+experiment: .venv/demo
+	@$(IN_VENV) bash experiments/cifar10/cifar10.sh
 
 clean:
 	rm -rf out data
-
-trajectory: .venv .venv/dev
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash experiments/machine/trajectory.sh $(BASE)

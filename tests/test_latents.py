@@ -20,7 +20,8 @@ import vae_latents
 from common import UserError
 from experiments.demo import shapes
 from experiments.latents import small_vae
-from vae_latents import AutoencoderKL, LatentFolder, find_vae, from_uint8, open_image
+from experiments.latents.small_vae import from_uint8
+from vae_latents import AutoencoderKL, LatentFolder, find_vae, open_image
 
 
 def digest(folder):

@@ -31,7 +31,7 @@ checkpoint() { printf '%s/%s/ckpt-%07d.pt' $E "$NAME" "$1"; }
 
 train() { # train SCRIPT STEPS FLAGS...: the seed is the last figure of the name
     [ -e "$(checkpoint "$2")" ] ||
-        python "$1" $COMMON --seed "${NAME##*-seed}" --steps "$2" "${@:3}" --out $E/$NAME
+        python $1 $COMMON --seed "${NAME##*-seed}" --steps "$2" "${@:3}" --out $E/$NAME
 }
 
 student() { # student STEPS RUN/TEACHER FLAGS...: stage 2, guided to the end
@@ -137,11 +137,11 @@ one_seed() { # what these depend on
 }
 
 baselines() { # other methods on the same loop
-    local b=experiments/methods seed
+    local seed
     for seed in 1 2 3; do
-        echo "sra-seed$seed: train $b/sra.py $STEPS && $measured"
-        echo "repa-seed$seed: train $b/repa.py $STEPS --features $DATA/cnn.npy && $measured"
-        echo "internal_guidance-seed$seed: train $b/internal_guidance.py $STEPS && $measured"
+        echo "sra-seed$seed: train '-m experiments.methods.sra' $STEPS && $measured"
+        echo "repa-seed$seed: train '-m experiments.methods.repa' $STEPS --features $DATA/cnn.npy && $measured"
+        echo "internal_guidance-seed$seed: train '-m experiments.methods.internal_guidance' $STEPS && $measured"
     done
 }
 

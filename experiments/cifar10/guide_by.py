@@ -26,7 +26,7 @@ from vae_latents import find_vae, to_images
 
 @dataclass
 class Settings:
-    ckpt: str = setting("out/stage2", "the student: a run, or a checkpoint", positional=True)
+    ckpt: str = setting("out/stage2", positional=True)  # the student: a run, or a checkpoint
     by: str = setting("small", choices=["none", "cfg", "small", "internal"])  # how to guide
     small: str = "out/stage1"  # the small network: a run, or a checkpoint
     mode: str = setting("euler", choices=["euler", "heun"])  # the sampler

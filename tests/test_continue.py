@@ -281,18 +281,21 @@ def test_a_second_signal_leaves_at_once(name, data, tmp_path):
 
 def test_two_signals_within_a_moment_are_one(monkeypatch):
     """Torchrun sends its processes what the terminal sent them already."""
-    stop, now = train_stage1.Stop(), [100.0]
+    now, killed = [100.0], []
     monkeypatch.setattr(train_stage1.time, "time", lambda: now[0])
-    killed = []
     monkeypatch.setattr(train_stage1.os, "kill", lambda pid, number: killed.append(number))
-    assert not stop.asked
-    stop.hear(signal.SIGTERM, None)
-    now[0] += 0.5
-    stop.hear(signal.SIGTERM, None)
-    assert stop.asked and not killed
-    now[0] += 1
-    stop.hear(signal.SIGTERM, None)
-    assert killed == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) != stop.hear
+    before = signal.getsignal(signal.SIGTERM)
+    with train_stage1.heard_signals() as heard:
+        hear = signal.getsignal(signal.SIGTERM)
+        assert not heard and hear != before
+        hear(signal.SIGTERM, None)
+        now[0] += 0.5
+        hear(signal.SIGTERM, None)
+        assert heard and not killed
+        now[0] += 1
+        hear(signal.SIGTERM, None)
+        assert killed == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 # ---- processes that fail
