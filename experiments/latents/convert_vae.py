@@ -265,8 +265,9 @@ def main():
     bare = "quant_conv.weight" not in state
     add_identities(state, says)
     if problem := differences(state, says):
-        folder = path.parent if says else "FOLDER, a folder of diffusers with these weights"
-        use = f"use it through diffusers: {through_diffusers(folder)}"
+        make = "" if says else "make a folder of diffusers of it (save_pretrained) and "
+        command = through_diffusers(path.parent if says else "FOLDER")
+        use = f"{make}use it through diffusers: {command}"
         raise UserError(f"{path}: is no VAE that a file of this project holds: {problem}; {use}")
     channels = len(state["post_quant_conv.bias"])
     scale, shift, std = find_statistics(path, args, says, channels)
