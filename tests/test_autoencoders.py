@@ -583,6 +583,37 @@ def test_decoding_normalises_back_by_the_trainings_numbers(pictures, tmp_path, c
     assert np.array_equal(by_data, want.round().clamp(0, 255).numpy().astype(np.uint8))
 
 
+def test_a_killed_decoding_goes_on(pictures, tmp_path, monkeypatch):
+    saved("flux", tmp_path / "vae")
+    folder = encode(tmp_path / "vae", pictures, tmp_path / "data")
+    z = np.random.default_rng(0).normal(size=(6, *folder.shape)).astype(np.float32)
+    np.savez(tmp_path / "latents.npz", latents=z, labels=np.arange(6), tag="t", settings="{}")
+    flags = ["decode", tmp_path, "--vae", tmp_path / "vae", "--data", folder.path]
+    flags += ["--batch-size", 2, "--device", "cpu"]
+    own, calls = diffusers_vae.to_images, []
+
+    def until_the_third_batch(vae, x0):
+        calls.append(len(x0))
+        if len(calls) == 4:  # the first call finds out how large pictures are
+            raise Killed
+        return own(vae, x0)
+
+    monkeypatch.setattr(diffusers_vae, "to_images", until_the_third_batch)
+    with pytest.raises(Killed):
+        call(diffusers_vae, *flags)
+    assert not (tmp_path / "samples.npz").exists()
+    call(diffusers_vae, *flags)
+    assert calls[4:] == [1, 2]
+    vae = diffusers_vae.find_vae(None, folder.meta)
+    content = np.load(tmp_path / "samples.npz")
+    want = np.concatenate([own(vae, part) for part in torch.from_numpy(z).split(2)])
+    assert np.array_equal(content["arr_0"], want)
+    call(diffusers_vae, *flags)  # complete
+    np.savez(tmp_path / "latents.npz", latents=z, labels=np.arange(6), tag="other", settings="{}")
+    refused(diffusers_vae, *flags, says=["samples.npz", "holds other samples"])
+    assert np.array_equal(np.load(tmp_path / "samples.npz")["arr_0"], content["arr_0"])
+
+
 def test_a_decoder_that_did_not_make_the_latents_is_refused(pictures, tmp_path):
     saved("flux", tmp_path / "vae")
     folder = encode(tmp_path / "vae", pictures, tmp_path / "data")

@@ -117,14 +117,12 @@ def read_config(path: Path) -> dict:
         says = {**json.loads(config.read_text())}
     kind = says.get("_class_name", "AutoencoderKL")
     if "Autoencoder" not in kind and "VAE" not in kind and "VQ" not in kind:
-        raise UserError(
-            f"{config}: is of {kind}, which is no autoencoder; give the VAE's own folder"
-        )
+        what = f"is of {kind}, which is no autoencoder"
+        raise UserError(f"{config}: {what}; give the VAE's own folder")
     if kind != "AutoencoderKL":
+        what = f"is of {kind}, which a VAE file of this project cannot hold"
         use = f"use it through diffusers: {through_diffusers(path.parent)}"
-        raise UserError(
-            f"{config}: is of {kind}, which a VAE file of this project cannot hold; {use}"
-        )
+        raise UserError(f"{config}: {what}; {use}")
     return says
 
 

@@ -106,7 +106,9 @@ class DiffusersVAE(nn.Module):
         channels = self.config.get("in_channels", 3)
         more = f" (its in_channels is {channels})" if channels != 3 else ""
         tried = {None: ", with a frame and without", True: " with a frame", False: ""}[self.frames]
-        what = f"does not {verb} {tuple(x.shape)}{tried}{more}: {'; '.join(problems)}"
+        what = (
+            f"does not {verb} {tuple(x.shape)}{tried}{more}: {'; '.join(dict.fromkeys(problems))}"
+        )
         raise UserError(f"{self.kind}: {what}; choose another autoencoder")
 
     def raw_encode(self, images) -> tuple[torch.Tensor, torch.Tensor]:
@@ -180,9 +182,9 @@ class DiffusersVAE(nn.Module):
         """Normalise by numbers (C,); UserError if they cannot."""
         self.mean, self.std = (torch.as_tensor(x, dtype=torch.float64).cpu() for x in (mean, std))
         if not self.mean.isfinite().all() or not ((self.std > 0) & self.std.isfinite()).all():
-            raise UserError(
-                f"{says}: has a mean or std that cannot normalise; use --normalise data"
-            )
+            other = "config" if says.startswith("the first") else "data"
+            what = "has a mean or a std that cannot normalise"
+            raise UserError(f"{says}: {what}; use --normalise {other}")
         self.says = says
 
     def identity(self) -> str:
@@ -220,10 +222,8 @@ def said_statistics(vae, channels, given):
         raise UserError(f"{vae.kind}: says only half of its statistics; use --normalise data")
     mean, std = (torch.as_tensor(x, dtype=torch.float64).flatten() for x in (mean, std))
     if len(mean) % channels or len(std) != len(mean):
-        count = f"{len(mean)} and {len(std)} numbers for {channels} channels"
-        raise UserError(
-            f"{vae.kind}: has {count} as latents_mean and latents_std; use --normalise data"
-        )
+        what = f"has {len(mean)} latents_mean and {len(std)} latents_std for {channels} channels"
+        raise UserError(f"{vae.kind}: {what}; use --normalise data")
     # Cosmos has a row of numbers for each channel, one a frame; a picture is the first frame
     mean, std = mean.view(channels, -1)[:, 0], std.view(channels, -1)[:, 0]
     if scale not in (None, 1):
@@ -283,10 +283,8 @@ def prepare(vae, side) -> tuple[int, int]:
         warn(f"--image-size {side}: {vae.kind} decodes to {pixels.shape[-1]} px whatever it is")
     elif pixels.shape[-1] != side or latent < 2:
         what = f"becomes a latent of {latent} x {latent} and then {pixels.shape[-1]} px again"
-        raise UserError(
-            f"--image-size {side}: {what}; choose a multiple of the VAE's factor, "
-            "with at least two latents a side"
-        )
+        use = "choose a multiple of the VAE's factor, with at least two latents a side"
+        raise UserError(f"--image-size {side}: {what}; {use}")
     return channels, latent
 
 
@@ -340,9 +338,9 @@ def encode_folder(args):
             raise UserError(f"{args.vae}: {nothing}; add --normalise data")
     device, rank, world = common.setup(args.device)
     images, out = Images(args.images, args.image_size), Path(args.out)
-    sizes = [os.path.getsize(path) for path in images.files]
+    sizes = [os.path.getsize(path) for path in images.files] if rank == 0 else []
     recipe = args.image_size, vae.identity(), args.normalise
-    tag = fingerprint(images.names, sizes, *recipe)[:12]
+    tag = common.gather(fingerprint(images.names, sizes, *recipe)[:12])[0]  # the first one's
     _lock = common.lock(out)  # until encode_folder returns
     part, kept = out / f"done-{tag}.part.npy", out / f"statistics-{tag}.part.npy"
     if (out / "meta.json").is_file():

@@ -199,8 +199,11 @@ NOTES = """
 - Tiling and slicing are turned off: AutoencoderKLMiniMaxH3 tiles by default, and an AutoencoderKL
   of the default `sample_size` 32 on which `enable_tiling()` is called tiles every picture above
   32 px, which changes it.
-- AutoencoderRAE takes pixels in [0, 1], resizes every picture to its encoder's size, and normalises
-  inside encode and decode: nothing is done twice. Its latent has one size whatever the picture's.
+- Six classes have latents_mean and latents_std by default: Cosmos, MiniMaxH3, Mochi, QwenImage,
+  QwenImage21 and Wan. LTX and LTX2 keep them as tensors of the state.
+- AutoencoderRAE needs the package transformers. It takes pixels in [0, 1], resizes every picture to
+  its encoder's size, and normalises inside encode and decode: nothing is done twice. Its latent has
+  one size whatever the picture's.
 - AutoencoderKLCosmos has 256 numbers for 16 channels: one for each channel and frame. A picture is
   the first frame.
 - AutoencoderKLFlux2 keeps its statistics in a batch norm over 2 x 2 packed latents; the latents are
