@@ -40,6 +40,7 @@ def library():
     """The package diffusers, which only this script needs."""
     try:
         import diffusers
+        import safetensors  # noqa: F401 (what diffusers reads weights with)
     except ImportError as error:
         install = "run `pip install diffusers safetensors`"
         raise UserError(f"diffusers: cannot be imported ({error}); {install}") from error
@@ -71,10 +72,11 @@ class DiffusersVAE(nn.Module):
 
     scale = 1.0
 
-    def __init__(self, net):
+    def __init__(self, net, given=()):
         super().__init__()
         self.net = net.eval().requires_grad_(False)
         self.kind, self.config = type(net).__name__, net.config
+        self.given = given  # the settings that its config.json names; the rest are defaults
         for module in net.modules():  # tiles have seams, and slices are other batches
             for name in ("use_tiling", "use_slicing"):
                 if getattr(module, name, False):
@@ -106,10 +108,9 @@ class DiffusersVAE(nn.Module):
         channels = self.config.get("in_channels", 3)
         more = f" (its in_channels is {channels})" if channels != 3 else ""
         tried = {None: ", with a frame and without", True: " with a frame", False: ""}[self.frames]
-        what = (
-            f"does not {verb} {tuple(x.shape)}{tried}{more}: {'; '.join(dict.fromkeys(problems))}"
-        )
-        raise UserError(f"{self.kind}: {what}; choose another autoencoder")
+        what = f"does not {verb} {tuple(x.shape)}{tried}{more}"
+        why = "; ".join(dict.fromkeys(problems))
+        raise UserError(f"{self.kind}: {what}: {why}; choose another autoencoder")
 
     def raw_encode(self, images) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (N, 3, S, S) in [-1, 1] -> mean and std (N, C, h, w) as diffusers makes them; the
@@ -138,8 +139,8 @@ class DiffusersVAE(nn.Module):
         if self.frames and mean.dim() == 5 and mean.shape[2] == 1:
             mean, std = mean[:, :, 0], std[:, :, 0]
         if mean.dim() != 4 or mean.shape[2] != mean.shape[3] or std.shape != mean.shape:
-            shape = f"{tuple(mean.shape)} of pictures {tuple(images.shape)}"
-            raise UserError(f"{self.kind}: makes latents {shape}; needed is a square map for each")
+            shape = f"makes latents {tuple(mean.shape)} of pictures {tuple(images.shape)}"
+            raise UserError(f"{self.kind}: {shape}; choose one that makes a square map of each")
         if self.patch:
             mean, std = pack(mean, self.patch), pack(std, self.patch)
         return mean, std
@@ -153,7 +154,7 @@ class DiffusersVAE(nn.Module):
         more = {"num_frames": 1} if "num_frames" in takes else {}
         if "temb" in takes and self.config.timestep_conditioning:
             more["temb"] = torch.zeros(len(latents), device=latents.device)  # as without noise
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([latents.device] if latents.is_cuda else []):
             torch.manual_seed(0)  # for the decoders that draw noise
             answer = self.either("decode", lambda z: self.net.decode(z, **more), latents)
         pixels = getattr(answer, "sample", answer)
@@ -194,10 +195,10 @@ class DiffusersVAE(nn.Module):
         return fingerprint(self.kind, settings, *self.net.state_dict().values())
 
 
-def said_statistics(vae, channels, given):
-    """(mean, std, where they are) that the class normalises with, or None. `given` is what its
-    config.json holds; numbers that diffusers fills in by itself are told apart."""
-    config, net = vae.config, vae.net
+def said_statistics(vae, channels):
+    """(mean, std, where they are) that the class normalises with, or None where it says nothing.
+    Numbers that diffusers fills in by itself are told apart from those of config.json."""
+    config, net, given = vae.config, vae.net, vae.given
     if vae.normalises_itself:
         return torch.zeros(channels), torch.ones(channels), "its own encode and decode"
     if vae.patch:  # FLUX.2
@@ -219,7 +220,8 @@ def said_statistics(vae, channels, given):
         factor = torch.full((channels,), 1 / float(scale), dtype=torch.float64)
         return shift, factor, f"{' and '.join(names)} ({where})"
     if mean is None or std is None or config.get("shift_factor"):
-        raise UserError(f"{vae.kind}: says only half of its statistics; use --normalise data")
+        what = "has latents_mean without latents_std, or a shift_factor beside them"
+        raise UserError(f"{vae.kind}: {what}; use --normalise data")
     mean, std = (torch.as_tensor(x, dtype=torch.float64).flatten() for x in (mean, std))
     if len(mean) % channels or len(std) != len(mean):
         what = f"has {len(mean)} latents_mean and {len(std)} latents_std for {channels} channels"
@@ -260,25 +262,22 @@ def load(given) -> DiffusersVAE:
             str(folder), torch_dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
         if missing := [*found["missing_keys"], *found.get("mismatched_keys", [])]:
-            raise ValueError(
-                f"{len(missing)} tensors are missing or of another shape: {missing[:3]}"
-            )
+            what = "tensors are missing or of another shape"
+            raise ValueError(f"{len(missing)} {what}: {missing[:3]}")
         if unknown := found["unexpected_keys"]:
             warn(f"{folder}: {len(unknown)} of its tensors are not used: {unknown[:3]}")
-    vae = DiffusersVAE(net.float())
-    vae.given = config
-    return vae
+    return DiffusersVAE(net.float(), config)
 
 
 @torch.no_grad()
 def prepare(vae, side) -> tuple[int, int]:
     """Try a picture of this side: (channels, side) of its latent; UserError if it cannot be."""
-    grey = torch.zeros(1, 3, side, side)
+    grey = torch.zeros(1, 3, side, side, device=next(vae.parameters()).device)
     mean, _ = vae.raw_encode(grey)
     channels, latent = mean.shape[1:3]
     pixels = vae.raw_decode(mean.float())
     if pixels.shape[1] != 3:
-        raise UserError(f"{vae.kind}: decodes to {pixels.shape[1]} channels; needed is RGB")
+        raise UserError(f"{vae.kind}: decodes to {pixels.shape[1]} channels; choose one for RGB")
     if vae.normalises_itself and pixels.shape[-1] != side:
         warn(f"--image-size {side}: {vae.kind} decodes to {pixels.shape[-1]} px whatever it is")
     elif pixels.shape[-1] != side or latent < 2:
@@ -294,9 +293,8 @@ def measure(vae, images, batch_size) -> tuple[torch.Tensor, torch.Tensor]:
     device, count = next(vae.parameters()).device, 0
     total = square = 0
     rows = np.arange(min(len(images), STATISTICS_FROM))
-    for part in progress(
-        "statistics: batch", np.split(rows, range(batch_size, len(rows), batch_size))
-    ):
+    parts = np.split(rows, range(batch_size, len(rows), batch_size))
+    for part in progress("statistics: batch", parts):
         pixels = [pixels for pixels, _ in map(images.__getitem__, part) if pixels is not None]
         if pixels:
             moments = vae.raw_encode(from_uint8(np.stack(pixels)).to(device))
@@ -328,15 +326,15 @@ class Encode:
 def encode_folder(args):
     if not args.vae or not args.images:
         raise UserError("give --vae FOLDER and --images DIR")
-    vae = load(args.vae)
+    device, rank, world = common.setup(args.device)
+    vae = load(args.vae).to(device)
     channels, side = prepare(vae, args.image_size)
     said = None
     if args.normalise == "config":
-        said = said_statistics(vae, channels, vae.given)
+        said = said_statistics(vae, channels)
         if said is None:
             nothing = f"{vae.kind} says neither a scale nor statistics of its latents"
             raise UserError(f"{args.vae}: {nothing}; add --normalise data")
-    device, rank, world = common.setup(args.device)
     images, out = Images(args.images, args.image_size), Path(args.out)
     sizes = [os.path.getsize(path) for path in images.files] if rank == 0 else []
     recipe = args.image_size, vae.identity(), args.normalise
@@ -351,18 +349,17 @@ def encode_folder(args):
     if strange or ((out / "moments.npy").exists() and not part.exists()):
         what = "holds unfinished latents of other images or another VAE"
         raise UserError(f"{out}: {what} {strange}; choose another --out, or remove the folder")
-    vae = vae.to(device)
     if args.normalise == "data":
         if rank == 0 and not kept.exists():
             with common.atomic_write(kept) as file:
-                np.save(file, torch.stack(measure(vae, images, args.batch_size)).numpy())
+                np.save(file, np.stack(measure(vae, images, args.batch_size)))
         common.gather()  # the others wait for the statistics
         with common.reading(kept, "is damaged; remove it and run the same command again"):
             said = (*np.load(kept), f"the first {min(len(images), STATISTICS_FROM)} pictures")
     vae.normalise_by(*said)
     say(f"{vae.kind}: latents {channels} x {side} x {side}, normalised by {vae.says}")
     if "default" in vae.says:
-        warn(f"{args.vae}: says no statistics of its own; used is {vae.says}")
+        warn(f"{args.vae}: says no statistics of its own; latents are normalised by {vae.says}")
     shape = (len(images), 2 * channels, side, side)
     done = shared_array(part, (len(images),), np.uint8, rank)
     moments = shared_array(out / "moments.npy", shape, np.float16, rank)
@@ -431,12 +428,12 @@ def decode_samples(args):
     meta = training_meta(args, settings)
     if meta is None:
         vae = load(args.vae)
-        said = said_statistics(vae, latents.shape[1], vae.given)
+        said = said_statistics(vae, latents.shape[1])
         nothing = f"{path}: its checkpoint is not here, so nothing says how latents were normalised"
         if said is None:
             raise UserError(f"{nothing}; give --data, the latent folder of the training")
         vae.normalise_by(*said)
-        warn(f"{nothing}; used is {vae.says}; if it was --normalise data, give --data")
+        warn(f"{nothing}; it uses {vae.says}; if they were by --normalise data, give --data")
     elif meta["vae"].get("decoder") != "diffusers":
         raise UserError(f"{path}: is of latents of a VAE file; run sample.py without --latents")
     else:

@@ -152,10 +152,11 @@ def row(kind, side, images) -> list[str]:
     if name == "AutoencoderRAE" and not diffusers_vae.library().utils.is_transformers_available():
         raise UserError("needs the package transformers, which was not installed")
     torch.manual_seed(0)
-    vae = diffusers_vae.DiffusersVAE(kind(**NARROW.get(name, {})))
+    vae = diffusers_vae.DiffusersVAE(
+        kind(**NARROW.get(name, {})), inspect.signature(kind).parameters
+    )
     channels, latent = diffusers_vae.prepare(vae, side)
-    given = {**NARROW.get(name, {}), **dict.fromkeys(inspect.signature(kind).parameters)}
-    said = diffusers_vae.said_statistics(vae, channels, given)
+    said = diffusers_vae.said_statistics(vae, channels)
     mean, std = vae.raw_encode(images)
     is_distribution = bool((std > 0).any())
     vae.normalise_by(*(said or (torch.zeros(channels), torch.ones(channels), "")))
