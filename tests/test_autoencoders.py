@@ -19,6 +19,7 @@ from experiments.latents import convert_vae, diffusers_vae
 from vae_latents import LatentFolder, find_vae, load_vae, open_image
 
 diffusers = pytest.importorskip("diffusers")
+load_file = pytest.importorskip("safetensors.torch").load_file
 save_file = pytest.importorskip("safetensors.torch").save_file
 
 BLOCKS = {
@@ -343,6 +344,32 @@ def test_the_round_trip_is_diffusers_own_bit_for_bit(kind, images, tmp_path):
     assert torch.equal(vae.decode(vae.encode(images)[0]), want)
 
 
+def test_weights_in_half_precision_and_with_old_names_are_read(images, tmp_path):
+    """A folder of a variant alone, with the attention's names of before 2023."""
+    net = build("AutoencoderKL", SD)
+    net.half().save_pretrained(tmp_path / "vae", variant="fp16")
+    file = tmp_path / "vae/diffusion_pytorch_model.fp16.safetensors"
+    state = load_file(file)
+    swap = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}
+    for new, old in swap.items():
+        new, old = f"attentions.0.{new}", f"attentions.0.{old}"
+        state = {key.replace(new, old): value for key, value in state.items()}
+    save_file(state, file)
+    vae = diffusers_vae.load(tmp_path / "vae")
+    want = net.float().encode(images).latent_dist.mean
+    assert torch.equal(vae.raw_encode(images)[0], want)
+
+
+def test_pictures_go_one_by_one_where_a_batch_fails(images):
+    """The attention of this class has a mask for a batch of one."""
+    config = {"block_out_channels": (32, 32), "layers_per_block": 1, "latent_channels": 4}
+    config.update(spatial_compression_ratio=2, temporal_compression_ratio=1)
+    net = build("AutoencoderKLHunyuanVideo15", config)
+    vae = diffusers_vae.DiffusersVAE(net)
+    want = torch.cat([net(image.unsqueeze(2)).sample[:, :, 0] for image in images.split(1)])
+    assert torch.equal(vae.raw_decode(vae.raw_encode(images)[0]), want)
+
+
 def test_tiling_and_slicing_are_off(images, tmp_path):
     net = build("AutoencoderKL", {**SD, "sample_size": 16})
     want = net(images).sample
@@ -450,11 +477,12 @@ def test_bad_folders_and_sizes_get_one_line(pictures, tmp_path):
     refused(diffusers_vae, *flags, "--image-size", 33, says=["AutoencoderDC: does not encode"])
     weights = tmp_path / "vae/diffusion_pytorch_model.safetensors"
     config = tmp_path / "vae/config.json"
-    from safetensors.torch import load_file
-
     state = load_file(weights)
     save_file({k: v for k, v in state.items() if "decoder.conv_in" not in k}, weights)
     says = ["tensors are missing", "decoder.conv_in"]
+    refused(diffusers_vae, *flags, "--image-size", 32, says=says)
+    weights.unlink()
+    says = ["holds no diffusion_pytorch_model"]
     refused(diffusers_vae, *flags, "--image-size", 32, says=says)
     config.write_text(json.dumps({"_class_name": "AutoencoderOfTomorrow"}))
     refused(diffusers_vae, *flags, "--image-size", 32, says=["no class AutoencoderOfTomorrow"])

@@ -257,7 +257,8 @@ def main():
         raise UserError(f"{args.out}: is there already; choose another name")
     source = existing(args.source)
     path = weights_file(source)
-    says, state = read_config(path), read_tensors(path)
+    says = read_config(path)
+    state = read_tensors(path)
     with common.reading(path, "is no VAE with the names of diffusers or CompVis"):
         state = converted(state)
     bare = "quant_conv.weight" not in state

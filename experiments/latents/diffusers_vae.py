@@ -142,7 +142,7 @@ class DiffusersVAE(nn.Module):
             shape = f"makes latents {tuple(mean.shape)} of pictures {tuple(images.shape)}"
             raise UserError(f"{self.kind}: {shape}; choose one that makes a square map of each")
         if self.patch:
-            mean, std = pack(mean, self.patch), pack(std, self.patch)
+            mean, std = (pack(moment, self.patch) for moment in (mean, std))
         return mean, std
 
     def raw_decode(self, latents) -> torch.Tensor:
@@ -227,7 +227,7 @@ def said_statistics(vae, channels):
         what = f"has {len(mean)} latents_mean and {len(std)} latents_std for {channels} channels"
         raise UserError(f"{vae.kind}: {what}; use --normalise data")
     # Cosmos has a row of numbers for each channel, one a frame; a picture is the first frame
-    mean, std = mean.view(channels, -1)[:, 0], std.view(channels, -1)[:, 0]
+    mean, std = (numbers.view(channels, -1)[:, 0] for numbers in (mean, std))
     if scale not in (None, 1):
         std, names = std / scale, [*names, "scaling_factor"]
     return mean, std, f"{', '.join(names)} ({where})"
@@ -245,7 +245,8 @@ def find_folder(given) -> Path:
 
 def load(given) -> DiffusersVAE:
     """The autoencoder in a folder of diffusers, in float32; UserError for what is none."""
-    diffusers, folder = library(), find_folder(given)
+    diffusers = library()
+    folder = find_folder(given)
     with common.reading(folder / "config.json", "is no config.json of diffusers"):
         config = {**json.loads((folder / "config.json").read_text())}
     name = config.get("_class_name")
@@ -257,10 +258,14 @@ def load(given) -> DiffusersVAE:
         raise UserError(f"{folder}: is a {name}, which does not encode; give an autoencoder")
     if name == "AutoencoderRAE" and not diffusers.utils.is_transformers_available():
         raise UserError(f"{folder}: needs the package transformers; run `pip install transformers`")
+    weights = [path.name for path in folder.glob("diffusion_pytorch_model*")]
+    if not weights:
+        raise UserError(f"{folder}: holds no diffusion_pytorch_model.*; fetch the weights, too")
+    halves = all(".fp16." in weight for weight in weights)  # where nothing else was published
+    options = {"torch_dtype": torch.float32, "variant": "fp16" if halves else None}
+    options.update(local_files_only=True, output_loading_info=True)
     with common.reading(folder, f"does not load as {name}; fetch it again"):
-        net, found = kind.from_pretrained(
-            str(folder), torch_dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
+        net, found = kind.from_pretrained(str(folder), **options)
         if missing := [*found["missing_keys"], *found.get("mismatched_keys", [])]:
             what = "tensors are missing or of another shape"
             raise ValueError(f"{len(missing)} {what}: {missing[:3]}")
@@ -335,7 +340,8 @@ def encode_folder(args):
         if said is None:
             nothing = f"{vae.kind} says neither a scale nor statistics of its latents"
             raise UserError(f"{args.vae}: {nothing}; add --normalise data")
-    images, out = Images(args.images, args.image_size), Path(args.out)
+    images = Images(args.images, args.image_size)
+    out = Path(args.out)
     sizes = [os.path.getsize(path) for path in images.files] if rank == 0 else []
     recipe = args.image_size, vae.identity(), args.normalise
     tag = common.gather(fingerprint(images.names, sizes, *recipe)[:12])[0]  # the first one's
@@ -356,7 +362,8 @@ def encode_folder(args):
         common.gather()  # the others wait for the statistics
         with common.reading(kept, "is damaged; remove it and run the same command again"):
             said = (*np.load(kept), f"the first {min(len(images), STATISTICS_FROM)} pictures")
-    vae.normalise_by(*said)
+    mean, std, by = said
+    vae.normalise_by(mean, std, by)
     say(f"{vae.kind}: latents {channels} x {side} x {side}, normalised by {vae.says}")
     if "default" in vae.says:
         warn(f"{args.vae}: says no statistics of its own; latents are normalised by {vae.says}")
@@ -389,7 +396,8 @@ def find_vae(given, meta) -> DiffusersVAE:
     if meta["vae"].get("identity") != vae.identity():
         raise UserError(f"{path}: is not the VAE that made the latents; give that one as --vae")
     with common.reading(path, "has no statistics in the latents' meta.json; encode them again"):
-        vae.normalise_by(*(meta["normalise"][key] for key in ("mean", "std", "by")))
+        said = meta["normalise"]
+        vae.normalise_by(said["mean"], said["std"], said["by"])
     return vae
 
 
@@ -432,7 +440,8 @@ def decode_samples(args):
         nothing = f"{path}: its checkpoint is not here, so nothing says how latents were normalised"
         if said is None:
             raise UserError(f"{nothing}; give --data, the latent folder of the training")
-        vae.normalise_by(*said)
+        mean, std, by = said
+        vae.normalise_by(mean, std, by)
         warn(f"{nothing}; it uses {vae.says}; if they were by --normalise data, give --data")
     elif meta["vae"].get("decoder") != "diffusers":
         raise UserError(f"{path}: is of latents of a VAE file; run sample.py without --latents")

@@ -159,12 +159,13 @@ def row(kind, side, images) -> list[str]:
     said = diffusers_vae.said_statistics(vae, channels)
     mean, std = vae.raw_encode(images)
     is_distribution = bool((std > 0).any())
-    vae.normalise_by(*(said or (torch.zeros(channels), torch.ones(channels), "")))
+    mean, std, where = said or (torch.zeros(channels), torch.ones(channels), "nowhere (config)")
+    vae.normalise_by(mean, std, where)
     mean, std = vae.encode(images)
     spread = (mean.var() + (std**2).mean()).sqrt().item()
     difference = (vae.decode(mean) - own_call(vae, images)).abs().max().item()
     shape = f"{channels} x {latent} x {latent}" + (" (packed 2 x 2)" if vae.patch else "")
-    where = said[2].replace(" (config)", "") if said else "nowhere: `--normalise data`"
+    where = where.replace(" (config)", "") if said else "nowhere: `--normalise data`"
     kinds = "one frame" if vae.frames else "picture", "yes" if is_distribution else "no"
     normalised = f"{spread:.2g}" if said else f"({spread:.2g}, not normalised)"
     width = "narrow" if NARROW.get(name) else "default"
