@@ -297,7 +297,7 @@ def measure(vae, images, batch_size) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and std (C,) of the latents' samples over the first pictures that can be read."""
     device, count = next(vae.parameters()).device, 0
     total = square = 0
-    rows = np.arange(min(len(images), STATISTICS_FROM))
+    rows = np.arange(min(len(images.files), STATISTICS_FROM))
     parts = np.split(rows, range(batch_size, len(rows), batch_size))
     for part in progress("statistics: batch", parts):
         pixels = [pixels for pixels, _ in map(images.__getitem__, part) if pixels is not None]
@@ -323,6 +323,7 @@ class Encode:
     images: str | None = None  # DIR, with DIR/<class>/**/*.jpg
     out: str = "data/latents"  # latent folder to make
     image_size: int = setting(256, at_least=8)  # side in pixels after the crop
+    white: int = setting(65535, at_most=65535)  # the number of white in images of 16 bits
     normalise: str = setting("config", choices=["config", "data"])  # config: by what FOLDER says
     batch_size: int = 64  # images encoded at once
     device: str = "auto"  # cpu, cuda or cuda:N; auto is cuda where there is one
@@ -340,11 +341,11 @@ def encode_folder(args):
         if said is None:
             nothing = f"{vae.kind} says neither a scale nor statistics of its latents"
             raise UserError(f"{args.vae}: {nothing}; add --normalise data")
-    images = Images(args.images, args.image_size)
+    listed = Images(args.images, args.image_size, args.white) if rank == 0 else None
+    images = common.gather(listed)[0]  # one process lists for all
     out = Path(args.out)
-    sizes = [os.path.getsize(path) for path in images.files] if rank == 0 else []
-    recipe = args.image_size, vae.identity(), args.normalise
-    tag = common.gather(fingerprint(images.names, sizes, *recipe)[:12])[0]  # the first one's
+    recipe = args.image_size, args.white, args.normalise, vae.identity()
+    tag = fingerprint(images.identity, *recipe)[:12]
     _lock = common.lock(out)  # until encode_folder returns
     part, kept = out / f"done-{tag}.part.npy", out / f"statistics-{tag}.part.npy"
     if (out / "meta.json").is_file():
@@ -361,16 +362,17 @@ def encode_folder(args):
                 np.save(file, np.stack(measure(vae, images, args.batch_size)))
         common.gather()  # the others wait for the statistics
         with common.reading(kept, "is damaged; remove it and run the same command again"):
-            said = (*np.load(kept), f"the first {min(len(images), STATISTICS_FROM)} pictures")
+            said = (*np.load(kept), f"the first {min(len(images.files), STATISTICS_FROM)} pictures")
     mean, std, by = said
     vae.normalise_by(mean, std, by)
+    common.gather()  # all have looked before the first one writes
     say(f"{vae.kind}: latents {channels} x {side} x {side}, normalised by {vae.says}")
     if "default" in vae.says:
         warn(f"{args.vae}: says no statistics of its own; latents are normalised by {vae.says}")
-    shape = (len(images), 2 * channels, side, side)
-    done = shared_array(part, (len(images),), np.uint8, rank)
+    shape = (len(images.files), 2 * channels, side, side)
+    done = shared_array(part, (len(images.files),), np.uint8, rank)
     moments = shared_array(out / "moments.npy", shape, np.float16, rank)
-    encode(images, vae, moments, done, args.batch_size, rank, world)
+    encode(images, vae, device, moments, done, args.batch_size, rank, world)
     common.gather()  # wait for the others
     if not done.all():
         raise UserError(f"{out}: some images are not encoded yet; run the same command again")
