@@ -14,6 +14,7 @@ from PIL import Image
 import models
 import sample
 import train_stage1
+import vae_latents
 from common import UserError
 from experiments.latents import convert_vae, diffusers_vae
 from vae_latents import LatentFolder, find_vae, load_vae, open_image
@@ -586,6 +587,35 @@ def test_from_pictures_to_samples(kind, normalise, pictures, tmp_path, monkeypat
     want = (vae.decode(z).permute(0, 2, 3, 1) * 127.5 + 127.5).round().clamp(0, 255)
     assert got.dtype == np.uint8 and np.array_equal(got, want.numpy().astype(np.uint8))
     assert Image.open(tmp_path / "out/grid.png").size[0] > 0
+
+
+@pytest.mark.parametrize("kind", ["flux", "sdxl"])
+def test_from_pictures_to_samples_with_a_converted_vae(kind, pictures, tmp_path):
+    """Stable Diffusion's successors need nothing but convert_vae: diffusers decodes the same."""
+    net = saved(kind, tmp_path / "vae")
+    call(convert_vae, tmp_path / "vae", tmp_path / "vae.pt")
+    flags = [
+        "--images",
+        pictures,
+        "--image-size",
+        32,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "data",
+    ]
+    call(vae_latents, "--vae", tmp_path / "vae.pt", *flags)
+    folder, run = LatentFolder(tmp_path / "data"), tmp_path / "run"
+    mean, std, _ = by_hand(kind, net, pixels_of(folder))
+    got = torch.from_numpy(np.array(folder.moments)).float()
+    torch.testing.assert_close(got, torch.cat([mean, std], dim=1), rtol=2e-3, atol=1e-3)
+    call(train_stage1, "--data", tmp_path / "data", "--out", run, *TRAIN)
+    flags = ["--ckpt", run, "--num-images", 6, "--steps", 2, "--mode", "euler", "--device", "cpu"]
+    call(sample, *flags, "--out", tmp_path / "out")
+    z = sampled(run, tmp_path / "latents")
+    want = by_hand(kind, net, pixels_of(folder))[2](z).permute(0, 2, 3, 1) * 127.5 + 127.5
+    got = np.load(tmp_path / "out/samples.npz")["arr_0"]
+    assert np.abs(got - want.round().clamp(0, 255).numpy()).max() <= 1
 
 
 def test_decoding_normalises_back_by_the_trainings_numbers(pictures, tmp_path, capsys):

@@ -31,7 +31,7 @@ import models
 import sample
 from common import UserError, chunks_to_do, fingerprint, progress, say, setting, shared_array, warn
 from experiments.latents.convert_vae import existing
-from vae_latents import Images, LatentFolder, encode, finish, from_uint8, to_images
+from vae_latents import Images, LatentFolder, encode, finish, to_images
 
 STATISTICS_FROM = 4096  # pictures of --normalise data
 
@@ -302,7 +302,8 @@ def measure(vae, images, batch_size) -> tuple[torch.Tensor, torch.Tensor]:
     for part in progress("statistics: batch", parts):
         pixels = [pixels for pixels, _ in map(images.__getitem__, part) if pixels is not None]
         if pixels:
-            moments = vae.raw_encode(from_uint8(np.stack(pixels)).to(device))
+            pixels = torch.from_numpy(np.stack(pixels)).to(device).permute(0, 3, 1, 2)
+            moments = vae.raw_encode(pixels / 127.5 - 1)
             mean, std = (moment.double().cpu() for moment in moments)
             total = total + mean.sum(dim=(0, 2, 3))
             square = square + (mean**2 + std**2).sum(dim=(0, 2, 3))
