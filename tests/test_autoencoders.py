@@ -454,6 +454,7 @@ def test_a_killed_encoding_goes_on(normalise, pictures, tmp_path, monkeypatch):
     assert {path.name for path in data.path.iterdir()} == {
         path.name for path in whole.path.iterdir()
     }
+    assert not list(data.path.glob("*.part.npy"))
     encode(tmp_path / "vae", pictures, tmp_path / "data", "--normalise", normalise)  # complete
     assert len(calls) == 4
 
