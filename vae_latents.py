@@ -160,6 +160,9 @@ def load_vae(path) -> AutoencoderKL:
 def find_vae(given, meta) -> AutoencoderKL:
     """The VAE to decode with: `given`, or else the one that encoded the latents of `meta`."""
     path = given or meta["vae"]["path"] or "(no path in meta.json)"
+    if meta["vae"].get("decoder") == "diffusers":
+        fix = f"python -m experiments.latents.diffusers_vae decode OUT/latents.npz --vae {path}"
+        raise UserError(f"{path}: needs diffusers; run sample.py with --latents, then {fix}")
     vae = load_vae(path)
     fits = (vae.latent_channels, vae.scale) == (meta["channels"], meta["scale"])
     same = meta["vae"].get("identity") in (None, vae.identity())

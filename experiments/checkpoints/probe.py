@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 import common
 import models
 from common import UserError, progress, say, setting, warn
+from experiments.latents import diffusers_vae
 from vae_latents import LatentFolder, find_vae, to_images
 
 
@@ -144,7 +145,9 @@ def main():
     folder, num = find_latents(data, model), args.num or max(2000, few)
     if min(num, len(folder)) < few or model.num_classes < 2:
         warn("to mean much, the table needs 2 classes and 20 images of each")
-    vae, model = find_vae(args.vae, folder.meta).to(device), model.to(device)
+    through_diffusers = folder.meta["vae"].get("decoder") == "diffusers"
+    find = diffusers_vae.find_vae if through_diffusers else find_vae
+    vae, model = find(args.vae, folder.meta).to(device), model.to(device)
     depths = {*range(2, model.depth + 1, max(1, model.depth // 8)), depth, size.student_depth}
     table = probe(model, folder, sorted(depths), scales, num, args.t, device)
     say(f"k-NN accuracy at t = {args.t:g}; f_c and f_g were told the label, f_u was not")
