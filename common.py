@@ -34,12 +34,12 @@ def parse_settings(Settings: type, doc: str):
     """The command line as an object of the dataclass `Settings`; UserError for a bad value."""
     source = "".join(map(inspect.getsource, reversed(Settings.__mro__[:-1])))
     comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", source, re.MULTILINE))
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=style, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = refuse
     for f in fields(Settings):
         default = "" if f.default in (None, "") else f" (default: {f.default})"
-        help = (comments.get(f.name, "") + default).replace("%", "%%")
+        help = (f.metadata.get("help", comments.get(f.name, "")) + default).replace("%", "%%")
         kind = getattr(f.type, "__args__", (f.type,))[0]  # `int | None` is an int
         options = {"type": kind, "choices": f.metadata.get("choices")}
         if kind is bool:

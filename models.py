@@ -204,7 +204,6 @@ class SiT(nn.Module):
         return self.depth * block + patches + conditions
 
 
-# ---- Building a network and loading one
 FORMAT = 2  # of checkpoints and of teacher.pt
 
 
@@ -237,14 +236,14 @@ def load_checkpoint(path, weights="ema", null_label_for="") -> tuple[SiT, dict]:
     if Path(path).is_dir():
         path = next(iter(checkpoints(path)), Path(path) / "ckpt-*.pt")
     saved = read_checkpoint(path)
-    if weights == "any":  # the raw weights, or an average that is alone
-        weights = "model" if "model" in saved else "ema"
+    alone = "model" if "model" in saved else "ema"
+    weights = alone if weights == "any" else weights  # "any": an average if it is alone
     with reading(path, f"holds no {weights} network; try --weights model or ema"):
         args, model = saved["args"], build_for(saved["args"], saved["meta"])
         model.load_state_dict(saved[weights])
         initial = 0.0 if args["ema_ramp"] else args["ema"] ** saved["step"]
     if weights == "ema" and initial > 0.1:  # the share of the initial weights in the average
-        remedy = "use --weights model" if "model" in saved else "take a later checkpoint"
+        remedy = "use --weights model" if alone == "model" else "take a later checkpoint"
         raise UserError(f"{path}: its average is {initial:.0%} untrained; {remedy}")
     if null_label_for and args["label_drop"] == 0:
         raise UserError(f"{path}: {null_label_for} needs a null label; --label-drop 0 trained none")

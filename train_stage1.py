@@ -61,7 +61,6 @@ class TrainSettings:
     keep: int = setting(3, change="free")  # newest checkpoints to keep; the last one continues
 
 
-# ---- What is random in a step, drawn for the whole batch
 @functools.lru_cache(maxsize=2)
 def order_of_epoch(num_images, seed, epoch) -> np.ndarray:
     """The order of the images in one epoch, (num_images,) int64."""
@@ -291,9 +290,8 @@ def parallel(network, args):
     if args.compile:
         network = torch.compile(network, dynamic=False)
         say("compiling; on a GPU this takes about two minutes")
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return network
-    return DDP(network, gradient_as_bucket_view=True, bucket_cap_mb=250)
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    return DDP(network, gradient_as_bucket_view=True, bucket_cap_mb=250) if several else network
 
 
 def adamw(weights, args) -> AdamW:

@@ -173,7 +173,6 @@ def find_vae(given, meta) -> AutoencoderKL:
     return vae
 
 
-# ---- Image files
 ENDINGS = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 TABLES = (".json", ".jsonl", ".txt", ".cls", ".csv", ".tsv", ".parquet")  # may hold labels
 
@@ -271,11 +270,9 @@ class Images(Dataset):
             return None, f"{self.files[i]} ({type(error).__name__}: {error})"
 
 
-# ---- The latent folder
 class LatentFolder:
-    """A complete folder: .meta (dict), .labels (N,) int64, .moments (N, 2C, H, W) float16 map.
-    .meta["identity"] hashes the content, not the path. meta.json needs format, num_images,
-    channels, height, width, scale, classes (names); without vae (path, identity) give --vae."""
+    """.meta (dict), .labels (N,) int64, .moments (N, 2C, H, W) float16 map. meta.json needs format,
+    num_images, channels, height, width, scale, classes; without vae (path, identity) give --vae."""
 
     def __init__(self, path):
         self.path = path = Path(path)

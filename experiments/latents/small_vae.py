@@ -69,7 +69,7 @@ class Settings:
 def read_images(args) -> np.ndarray:
     """Up to --num of the images, (n, S, S, 3) uint8, drawn by the seed."""
     source, images = Images(args.images, args.size), []
-    some = np.random.default_rng(args.seed).permutation(len(source))[: args.num]
+    some = np.random.default_rng(args.seed).permutation(len(source.files))[: args.num]
     for index in progress("read", some):
         pixels, _ = source[index]
         images += [] if pixels is None else [pixels]  # vae_latents.py lists those that are None
