@@ -30,7 +30,7 @@ lint: .venv/dev
 	.venv/bin/ruff check .
 
 # Two halves side by side, because a process trains on one core
-FIRST = tests/test_continue.py tests/test_silent.py tests/test_errors.py
+FIRST = tests/test_continue.py tests/test_inputs.py tests/test_refusals.py
 
 test: .venv/dev
 	@$(PY) -m pytest -q tests $(FIRST:%=--ignore=%) >.others.log 2>&1 & others=$$!; \

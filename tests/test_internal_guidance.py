@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TRAIN, call, ok, one_loss, tiny, write_folder
-from test_baselines import B, close, filled, in_double, one, settings
+from test_methods import B, close, filled, in_double, one, settings
 from torch.utils.flop_counter import FlopCounterMode
 
 import common

@@ -25,7 +25,7 @@ import pytest
 import torch
 from conftest import ROOT, TRAIN, build, call
 from PIL import Image
-from test_errors import refusal
+from test_refusals import refusal
 from torch.utils.flop_counter import FlopCounterMode
 
 import build_teacher
