@@ -124,7 +124,6 @@ def warn(text):
     say(f"warning: {text}", sys.stderr)
 
 
-# ---- Files
 @contextlib.contextmanager
 def reading(path, problem):
     """Turn whatever goes wrong while a user's file is read into one line: "PATH: problem"."""
@@ -189,7 +188,6 @@ def lock(folder):
     return file
 
 
-# ---- Processes
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 IS_FIRST = os.environ.get("RANK") == "0" or not all(name in os.environ for name in TORCHRUN)
 
@@ -227,7 +225,6 @@ def gather(item=None) -> list:
     return items
 
 
-# ---- Long work, shared by processes, continued after a kill
 def fingerprint(*items) -> str:
     """sha256 of tensors, arrays and plain values: the same content has the same hash."""
     digest = hashlib.sha256()

@@ -125,7 +125,6 @@ def make_batch(folder, draws) -> Batch:
     return replace(draws, y=y, y_input=y_input, x0=x0, x_t=x_t, velocity=draws.eps - x0)
 
 
-# ---- The losses
 class Projector(nn.Module):
     """An auxiliary loss's MLP, D -> hidden -> hidden -> out, on tokens (N, T, D). With
     `to_latent` = (patch, channels) it answers in latent space, (N, C, H, W): stage 1's P1."""

@@ -216,8 +216,7 @@ def image_files(folder, seen: set, left_out: list) -> list[tuple[str, int]]:
             left_out.append(entry.path)
             continue
         seen.add(inode)  # each file counts once, whatever links to it
-        size = stat.st_size
-        files += [(entry.path, size)] if is_image else image_files(entry, seen, left_out)
+        files += [(entry.path, stat.st_size)] if is_image else image_files(entry, seen, left_out)
     return sorted(files, key=lambda found: os.path.split(found[0]))
 
 
@@ -259,6 +258,10 @@ class Images(Dataset):
         some = [path for path in self.files[:: 1 + len(found) // 64] if os.access(path, os.R_OK)]
         contents = [Path(path).read_bytes() for path in some]
         self.identity = fingerprint(self.names, sizes, contents)  # without times: a copy has others
+        looks = [self[i][0] for i in range(0, len(found), 1 + len(found) // 64)]
+        most = max((int(pixels.max()) for pixels in looks if pixels is not None), default=255)
+        if most <= 64:  # a quarter of white
+            warn(f"{root}: no pixel is above {most * white // 255} of {white}; give --white NUMBER")
         names = f"{len(self.classes)} classes ({', '.join(self.classes[:10])})"
         others = f"{len(beside)} beside the classes, {len(left_out)} in them {left_out[:1]}"
         say(f"{len(found)} images of {names}; hidden, linked twice or no images: {others}")
@@ -290,8 +293,9 @@ class LatentFolder:
             scale, count = meta["scale"], len(meta["classes"])
             inside = ((labels >= 0) & (labels < count)).all()
             if meta["format"] != FORMAT or not inside or not 0 < scale < float("inf"):
-                labels = f"labels {labels.min()} to {labels.max()} of {count}"
-                raise ValueError(f"{labels}, scale {scale}, format {meta['format']}")
+                raise ValueError(
+                    f"labels {labels.min()} to {labels.max()}, {scale=}, or its format"
+                )
             some = self.moments[np.linspace(0, N - 1, min(N, 64)).astype(int)]
             meta["identity"] = fingerprint(self.labels, meta["classes"], meta["scale"], some)
             meta.setdefault("vae", {"path": None, "identity": None})
