@@ -16,6 +16,7 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,9 +87,18 @@ def borders(images, period) -> float:
 # ---- The judges
 
 
-def load_judges(cnns, outsides, device) -> dict:
-    """{name: (function of pictures and labels that returns figures, what identifies the judge)}.
-    Every judge calls its distance and its share of the class asked for alike."""
+@dataclass
+class Judge:
+    """What a judge says and can judge. Each calls its distance and its share of classes alike."""
+
+    measure: Callable  # pictures (N, S, S, 3) uint8 and labels (N,) -> a dict of figures
+    identity: str  # another judge has another one
+    size: int  # S
+    classes: int
+
+
+def load_judges(cnns, outsides, device) -> dict[str, Judge]:
+    """{name: the judge} of paths with commas between them."""
     judges = {}
     for path in cnns.split(","):
         cnn, saved = judge.load(path)
@@ -98,16 +108,31 @@ def load_judges(cnns, outsides, device) -> dict:
             return {"distance": found.pop("FD-CNN"), "class": found.pop("agreement"), **found}
 
         identity = fingerprint(saved["mu"], *cnn.state_dict().values())
-        judges[f"cnn-{Path(path).stem}"] = by_cnn, identity
+        with common.reading(path, "does not say its pictures' size; make it anew with judge.py"):
+            known = Judge(by_cnn, identity, saved["size"], saved["classes"])
+        judges[f"cnn-{Path(path).stem}"] = known
     for path in outsides.split(","):
         known = outside.load(path)
         known.network.to(device)
-        identity = fingerprint(known.saved["mu"], known.saved["weight"])
-        judges[f"outside-{known.saved['input']}"] = known.measure, identity
+        saved = known.saved
+        identity = fingerprint(saved["mu"], saved["weight"])
+        name = f"outside-{saved['input']}"
+        judges[name] = Judge(known.measure, identity, saved["size"], saved["classes"])
     if len(judges) < len(cnns.split(",")) + len(outsides.split(",")):
         problem = "two judges have one name, which is a CNN's file name or an outside judge's size"
         raise UserError(f"--judge, --outside: {problem}; give each of them once")
     return judges
+
+
+def check_judges(judges, subject, size, classes):
+    """UserError if a judge knows other pictures than `subject` has."""
+    for name, known in judges.items():
+        if (known.size, known.classes) != (size, classes):
+            wanted = f"{known.classes} classes and {known.size} pixels"
+            problem = (
+                f"has {classes} classes and {size} pixels, but the judge {name} knows {wanted}"
+            )
+            raise UserError(f"{subject}: {problem}; give a judge of these pictures")
 
 
 # ---- Samples and their figures
@@ -161,7 +186,9 @@ def measure_all(names, scales, args):
         null_label_for = "--scales" if max(scales) > 1 else ""
         network, saved = models.load_checkpoint(path, null_label_for=null_label_for)
         vae = find_vae(None, saved["meta"])
-        identities = [identity for _, identity in judges.values()]
+        size = network.input_size * vae.factor
+        check_judges(judges, path, size, network.num_classes)
+        identities = [known.identity for known in judges.values()]
         tag = fingerprint(vae.identity(), *identities, *network.state_dict().values())[:12]
         period = network.patch * vae.factor
         network, vae = network.to(device), vae.to(device, memory_format=torch.channels_last)
@@ -177,8 +204,7 @@ def measure_all(names, scales, args):
             images = make_samples(network, vae, y, w, args, device)
             if args.grids:
                 save_grid(images[:GRID], Path(args.grids) / f"{name}-{saved['step']}-w{w:g}.png")
-            for judge_name, (measure, _) in judges.items():
-                line[judge_name] = measure(images, y)
+            line.update({key: known.measure(images, y) for key, known in judges.items()})
             line.update(spectrum=spectrum(images), borders=borders(images, period))
             append(args.out, line)
 

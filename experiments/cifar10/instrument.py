@@ -21,7 +21,7 @@ from PIL import Image
 
 import common
 from common import UserError, say, setting
-from experiments.cifar10.frontier import load_judges
+from experiments.cifar10.frontier import check_judges, load_judges
 from experiments.cifar10.outside import read_pictures, round_trips
 from vae_latents import Images, load_vae
 
@@ -133,6 +133,7 @@ def main():
     judges, vae = load_judges(args.judge, args.outside, device), load_vae(args.vae)
     images, found = Images(args.images, args.image_size), []
     classes = len(images.classes)
+    check_judges(judges, args.images, args.image_size, classes)
     generator = torch.Generator().manual_seed(args.seed)
     order = torch.randperm(len(images), generator=generator).tolist()
     first_half = [row for row in order if images.labels[row] < classes / 2][: args.num]
@@ -143,7 +144,7 @@ def main():
     rows = rows_of_table(pictures, labels, vae, classes, args.seed)
     half = "half of the classes", "", *read_pictures(images, first_half)
     for kind, strength, seen, asked in itertools.chain(rows, [half]):
-        figures = {name: measure(seen, asked) for name, (measure, _) in judges.items()}
+        figures = {name: known.measure(seen, asked) for name, known in judges.items()}
         found.append((kind, strength, figures))
         say(f"judged: {kind} {strength}")
     for text in ("", *table(found, judges), ""):
