@@ -93,7 +93,7 @@ class Judge:
 
     measure: Callable  # pictures (N, S, S, 3) uint8 and labels (N,) -> a dict of figures
     identity: str  # another judge has another one
-    size: int  # S
+    size: int | None  # S; None for older files, which do not say it
     classes: int
 
 
@@ -108,8 +108,7 @@ def load_judges(cnns, outsides, device) -> dict[str, Judge]:
             return {"distance": found.pop("FD-CNN"), "class": found.pop("agreement"), **found}
 
         identity = fingerprint(saved["mu"], *cnn.state_dict().values())
-        with common.reading(path, "does not say its pictures' size; make it anew with judge.py"):
-            known = Judge(by_cnn, identity, saved["size"], saved["classes"])
+        known = Judge(by_cnn, identity, saved.get("size"), saved["classes"])
         judges[f"cnn-{Path(path).stem}"] = known
     for path in outsides.split(","):
         known = outside.load(path)
@@ -127,7 +126,7 @@ def load_judges(cnns, outsides, device) -> dict[str, Judge]:
 def check_judges(judges, subject, size, classes):
     """UserError if a judge knows other pictures than `subject` has."""
     for name, known in judges.items():
-        if (known.size, known.classes) != (size, classes):
+        if (known.size or size, known.classes) != (size, classes):
             wanted = f"{known.classes} classes and {known.size} pixels"
             problem = (
                 f"has {classes} classes and {size} pixels, but the judge {name} knows {wanted}"
