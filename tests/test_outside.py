@@ -6,7 +6,6 @@ import sys
 
 import numpy as np
 import pytest
-import scipy.linalg
 import timm
 import torch
 from conftest import call, write_folder
@@ -129,26 +128,23 @@ def test_the_figures_by_hand(fitted, latents):
     real, labels = outside.read_pictures(images, order[:40])
     kept = {key: saved[key] for key in ("num", "input", "size", "classes")}
     assert kept == {"num": 40, "input": SMALL, "size": 32, "classes": CLASSES}
-    for end, seen in (("", real), ("_round_trips", outside.round_trips(vae, real))):
-        features = known.describe(seen).double().numpy()
-        assert np.allclose(saved["mu" + end], features.mean(axis=0), atol=1e-3)
-        assert np.allclose(saved["sigma" + end], np.cov(features.T), atol=1e-3)
-    assert torch.allclose(saved["reference"], known.describe(real), atol=1e-3)
-
     fakes, asked = pictures(30), torch.arange(30) % CLASSES
     found, features = known.measure(fakes, asked), known.describe(fakes).double().numpy()
-    mu, sigma = features.mean(axis=0), np.cov(features.T)
-    for key, end in (("distance", ""), ("distance_round_trips", "_round_trips")):
-        mu_real, sigma_real = saved["mu" + end].numpy(), saved["sigma" + end].numpy()
-        eigenvalues = scipy.linalg.eigvals(sigma @ sigma_real)  # of a product: no symmetric root
-        root = np.sqrt(eigenvalues.real.clip(min=0)).sum()
-        wanted = ((mu - mu_real) ** 2).sum() + np.trace(sigma + sigma_real) - 2 * root
-        assert found[key] == pytest.approx(wanted, rel=2e-3)
+    for end, seen in (("", real), ("_round_trips", outside.round_trips(vae, real))):
+        theirs = known.describe(seen).double().numpy()
+        assert np.allclose(saved["mu" + end], theirs.mean(axis=0), atol=1e-3)
+        assert np.allclose(saved["sigma" + end], np.cov(theirs.T), atol=1e-3)
+        # Sigma = A^T A for few pictures, and tr (A^T A B^T B)^(1/2) is A B^T's nuclear norm
+        a, b = ((x - x.mean(axis=0)) / np.sqrt(len(x) - 1) for x in (features, theirs))
+        root = np.linalg.svd(a @ b.T, compute_uv=False).sum()
+        means = ((features.mean(axis=0) - theirs.mean(axis=0)) ** 2).sum()
+        wanted = means + (a**2).sum() + (b**2).sum() - 2 * root
+        assert found["distance" + end] == pytest.approx(wanted, rel=1e-3)
+    assert torch.allclose(saved["reference"], known.describe(real), atol=1e-3)
     logits = features @ saved["weight"].double().numpy().T + saved["bias"].numpy()
     right = (logits.argmax(axis=1) == asked.numpy()).mean()
     assert found["class"] == pytest.approx(right, abs=1e-4)
-    own = known.measure(real, labels)
-    assert own["distance"] < 0.01 and own["precision"] > 0.9 and own["recall"] > 0.9
+    assert (known.predict(known.describe(real)) == labels).double().mean() > 0.9
 
 
 def test_round_trips_are_the_decoded_means(latents):
@@ -371,7 +367,7 @@ def test_other_weights_or_settings_are_other_figures(runs, quick, cnn, fitted, t
     out = tmp_path / "f.jsonl"
     flags = ["--judge", cnn, "--outside", fitted, "--out", out, "--scales", 1, "--device", "cpu"]
     stage1, stage2 = runs / "stage1", runs / "stage2"
-    changed = [(stage1, ""), (stage2, ""), (stage1, "--num 5"), (stage1, "--steps 2")]
+    changed = [(stage1, ""), (stage2, ""), (stage1, "--num 5")]
     changed += [(stage1, "--mode euler"), (stage1, "--seed 1")]
     for number, (run, more) in enumerate([*changed, changed[-1]], 1):
         call(frontier, f"a={run}", *flags, "--num", 4, "--steps", 1, *more.split())
