@@ -58,7 +58,7 @@ def parse_settings(Settings: type, doc: str):
         if isinstance(value, float) and not math.isfinite(value):
             broken = "a finite number"
         if broken or (value == "" and f.default != ""):
-            refuse(f"{flag(f.name)} {value}: must be {broken or 'a word'}")
+            refuse(f"{flag(f.name)} {value}".rstrip() + f": must be {broken or 'a word'}")
     return settings
 
 
@@ -132,7 +132,7 @@ def reading(path, problem):
     except UserError:
         raise
     except Exception as error:
-        if type(error) in (OSError, PermissionError):
+        if getattr(error, "errno", None) not in (None, 2, 21):  # not missing, and no folder
             problem = "cannot be read"  # which says nothing about the file itself
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if "Weights only" in reason or "allow_pickle" in reason:  # their advice is unsafe
@@ -140,7 +140,7 @@ def reading(path, problem):
         if Path(path).is_file() and not zipfile.is_zipfile(path):
             reason += f"; begins with {open(path, 'rb').read(30)!r}"
         if "b'version https://git-lfs" in reason:
-            problem = "is a Git LFS pointer; run git lfs pull to fetch the file itself"
+            problem += "; it is a Git LFS pointer: run git lfs pull to fetch the file itself"
         raise UserError(f"{path}: {problem} ({reason})") from error
 
 

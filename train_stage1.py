@@ -186,8 +186,7 @@ class LossNetwork(nn.Module):
         self.projectors = nn.ModuleList(loss.module for loss in losses if loss.module)
 
     def forward(self, x_t, t, y_input, velocity, targets):
-        """[L_diff, L_aux of each loss], means over n images. `targets`: one for each loss, of the
-        images in its rows alone; None for a loss that has ended, which is zero."""
+        """[L_diff, L_aux of each loss], means over n images; a target of None: it has ended."""
         taps = [loss.depth for loss in self.losses if loss.module]
         prediction, tokens = self.model(x_t, t, y_input, taps=taps)
         error = (prediction.float() - velocity).square()
@@ -207,7 +206,6 @@ class LossNetwork(nn.Module):
         return values
 
 
-# ---- The training loop, of both stages and all other methods
 def train(args: TrainSettings, *losses: Auxiliary):
     """Train args.model on args.data into args.out, with each of `losses` whose weight is not 0."""
     device, rank, world = common.setup(args.device)
@@ -256,16 +254,17 @@ def train(args: TrainSettings, *losses: Auxiliary):
 def begin(args, losses, device, shares):
     """(LatentFolder, State). --out is locked before it is read; a new one is made last."""
     folder = LatentFolder(args.data)
-    out = Path(args.out)
     args.compile = device.type == "cuda" if args.compile is None else args.compile
     args.stage = "+".join(loss.name for loss in losses)
     args.t_of_quarters = str(models.t_of(torch.tensor([0.25, 0.5, 0.75])))  # how t is distributed
     if len({"diff", *(loss.name for loss in losses)}) <= len(losses):
         raise UserError(f"losses {args.stage}: each needs a name of its own")
+    if len(folder.meta["classes"]) == 1:
+        warn(f"{args.data}: has one class, whose label can guide nothing")
     if args.batch_size % shares:
         raise UserError(f"--batch-size {args.batch_size}: is not divisible by {shares} shares")
-    lock = common.lock(out) if out.exists() else None
-    newest = next(iter(models.checkpoints(out)), None)
+    lock = common.lock(args.out) if Path(args.out).exists() else None
+    newest = next(iter(models.checkpoints(args.out)), None)
     saved = continued(newest, args, folder) if newest else None
     start = saved["step"] if saved else 0
     running = [loss for loss in losses if loss.weight > 0 and start < min(loss.until, args.steps)]
@@ -275,7 +274,7 @@ def begin(args, losses, device, shares):
     if len(set(common.gather(str(ours)))) > 1:
         raise UserError("the processes have different settings, checkpoints, latents or teachers")
     state = State(args, folder, device, losses, running)
-    state.lock = lock or common.lock(out)
+    state.lock = lock or common.lock(args.out)
     for loss in losses:
         loss.ema = state.ema
         loss.rows = rows_in_range(args.batch_size, shares, loss.t_min, loss.t_max)
@@ -308,7 +307,9 @@ class State:
         self.model = models.build_for(vars(args), folder.meta)
         for loss in running:
             if not 1 <= loss.depth <= self.model.depth:
-                raise UserError(f"loss {loss.name}: block {loss.depth} is none of {args.model}'s")
+                raise UserError(
+                    f"loss {loss.name}, depth {loss.depth}: use 1 to {self.model.depth}"
+                )
             loss.module = loss.projector(self.model).to(device)
             weights = list(loss.module.parameters())
             loss.optimizer = adamw(weights, args) if weights else None

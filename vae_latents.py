@@ -174,7 +174,7 @@ def find_vae(given, meta) -> AutoencoderKL:
 
 
 ENDINGS = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-TABLES = (".json", ".jsonl", ".txt", ".cls", ".csv", ".tsv", ".parquet")  # may hold labels
+TABLES = (".json", ".jsonl", ".cls", ".csv", ".tsv", ".parquet")  # may hold labels
 
 
 def open_image(path, size=None, white=65535) -> np.ndarray:
@@ -242,11 +242,12 @@ class Images(Dataset):
             found = [entry for entries in below for entry in entries]
             self.labels = [label for label, files in enumerate(below) for _ in files]
             self.classes = [entry.name for entry in folders]
-            tables = [path for path in [*beside, *left_out] if os.path.splitext(path)[1] in TABLES]
-            numbered = all(re.fullmatch(r"\D*\d{1,6}", name) for name in self.classes)
+            near = [path for path in left_out if os.path.splitext(path)[1] in (".txt", *TABLES)]
+            tables = [path for path in beside if os.path.splitext(path)[1] in TABLES]
+            shards = all(re.fullmatch(r"([a-z]+[-_]?)?\d{3,6}|\d+", name) for name in self.classes)
             splits = "train training val valid validation test testing images __macosx".split()
-            if tables and (numbered or 2 * len(tables) > len(self.labels)):
-                what = f"has folders like shards and {tables[0]} like labels"
+            if (tables and shards) or 2 * len(near) > len(self.labels) > 0:
+                what = f"has folders like shards and {[*tables, *near][0]} like labels"
                 raise UserError(f"{root}: {what}; write EDM's dataset.json, or move that file away")
             if len(full := {*self.labels}) < max(1, len(self.classes)):
                 empty = [name for label, name in enumerate(self.classes) if label not in full]
@@ -293,9 +294,7 @@ class LatentFolder:
             scale, count = meta["scale"], len(meta["classes"])
             inside = ((labels >= 0) & (labels < count)).all()
             if meta["format"] != FORMAT or not inside or not 0 < scale < float("inf"):
-                raise ValueError(
-                    f"labels {labels.min()} to {labels.max()}, {scale=}, or its format"
-                )
+                raise ValueError(f"labels {labels.min()} to {labels.max()}, {scale=} or its format")
             some = self.moments[np.linspace(0, N - 1, min(N, 64)).astype(int)]
             meta["identity"] = fingerprint(self.labels, meta["classes"], meta["scale"], some)
             meta.setdefault("vae", {"path": None, "identity": None})

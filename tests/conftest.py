@@ -103,11 +103,10 @@ def one_loss(model, projector, loss, rows):
 
     class OneLoss(LossNetwork):
         def forward(self, x_t, t, y_input, velocity, target=None):
-            targets = {} if target is None else {loss.name: target}
-            return super().forward(x_t, t, y_input, velocity, targets)
+            return super().forward(x_t, t, y_input, velocity, [target])
 
-    loss.rows = rows
-    return OneLoss(model, {} if projector is None else {loss.name: projector}, [loss])
+    loss.module, loss.rows = projector, rows
+    return OneLoss(model, [loss])
 
 
 def write_folder(path, num=48, classes=10, shape=(4, 16, 16), seed=0, scale=1.0):

@@ -7,6 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.quick
 EIGHT = "common models vae_latents train_stage1 build_teacher train_stage2 sample fid".split()
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in EIGHT}
 TREES = {name: ast.parse(source) for name, source in SOURCES.items()}

@@ -314,7 +314,7 @@ def test_guide_by_internal(latents, judge, tmp_path):
     "flags,message",
     [
         (["--steps", "2,x"], "--steps, --scales: need numbers"),
-        (["--scales", ""], "--scales: must not be empty"),
+        (["--scales", ""], "--scales: must be a word"),
         (["--small", "classes.pt"], "--small classes.pt: is of other latents than"),
         (["--small", "vae.pt"], "--small vae.pt: is of other latents than"),
         (["--small", "absent.pt"], "absent.pt: .*No such file"),

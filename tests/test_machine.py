@@ -45,8 +45,8 @@ def numbers(losses):
 
 
 def take_projector(step, other):
-    for name, projector in other.state.projectors.items():
-        step.state.projectors[name].load_state_dict(projector.state_dict())
+    if other.auxiliary.module:
+        step.auxiliary.module.load_state_dict(other.auxiliary.module.state_dict())
 
 
 # ---- bench.py's steps
@@ -86,9 +86,9 @@ def test_a_step_is_the_loops(kind, weight, tmp_path):
     networks = bench.Networks("SiT-P/8", 8, folder, CPU)
     step = networks.step(kind, "eager")
     if kind == "stage 1":
-        losses = [step.auxiliary]
-        start = train_stage1.State(networks.args, folder, CPU, losses, losses).projectors["align"]
-        step.state.projectors["align"].load_state_dict(start.state_dict())
+        loss = train_stage1.Alignment(networks.args, step.auxiliary.depth)
+        train_stage1.State(networks.args, folder, CPU, [loss], [loss])
+        step.auxiliary.module.load_state_dict(loss.module.state_dict())
     for _ in range(3):
         step()
     flags = f"--model SiT-P/8 --batch-size 8 --lr {networks.args.lr} --steps 3 --device cpu".split()

@@ -62,7 +62,8 @@ def settings(Loss, **more):
 
 
 def in_double(fields):
-    return {name: x.double() if x.is_floating_point() else x for name, x in vars(fields).items()}
+    known = {name: x for name, x in vars(fields).items() if x is not None}
+    return {name: x.double() if x.is_floating_point() else x for name, x in known.items()}
 
 
 def computed(loss, folder, ema=None):

@@ -107,13 +107,13 @@ def damage(folder, what):
 DAMAGES = {
     "half-encoded": "is no complete latent folder",
     "version": "format 99",
-    "truncated": "remove it",
+    "truncated": "make it anew",
     "no moments": "moments.npy",
     "moments of float32": "float32",
-    "not json": "remove it",
+    "not json": "make it anew",
     "short labels": "45",
-    "foreign labels": "labels from 1 to 10",
-    "negative labels": "labels from -1 to 8",
+    "foreign labels": "labels 1 to 10",
+    "negative labels": "labels -1 to 8",
     "labels in two columns": "labels",
     "labels of floats": "float64",
     "other shape": "moments.npy",
@@ -185,7 +185,9 @@ def test_unwritable_or_bad_vae(refused, tmp_path, vae):
 
 def test_no_checkpoint(refused, tmp_path):
     none = ["--ckpt", "not/there.pt", "--out", tmp_path / "o"]
-    refused("sample.py", *none, says=["not/there.pt", "No such file", "train_stage"])
+    refused(
+        "sample.py", *none, says=["not/there.pt", "No such file", "no checkpoint of this project"]
+    )
     (tmp_path / "young").mkdir()  # a run before its first checkpoint
     young = ["--ckpt", tmp_path / "young", "--out", tmp_path / "o"]
     refused("sample.py", *young, says=["young/ckpt-*.pt", "No such file"])
@@ -207,7 +209,7 @@ def test_torchrun_leaves_each_flag_to_its_script(script):
 BAD_FLAGS = {
     "--batch-size 9 --accum 2": "--batch-size 9",
     "--batch-size 0": "--batch-size 0",
-    "--align-depth 9": "depth 9 of the loss align: SiT-Ti/8 has blocks 1 to 8",
+    "--align-depth 9": "loss align, depth 9: use 1 to 8",
     "--align-depth 0": "--align-depth 0",
     "--t-min 0.7 --t-max 0.4": "--t-min 0.7",
     "--t-min 0.5 --t-max 0.5": "--t-max 0.5",
@@ -215,7 +217,7 @@ BAD_FLAGS = {
     "--model banana": "banana",
     "--lr -1": "--lr -1.0",
     "--lr nan": "--lr nan: must be a finite number",
-    "--model=": "--model: must not be empty",
+    "--model=": "--model: must be a word",
     "--lr inf": "--lr inf",
     "--t-min nan": "--t-min nan: must be a finite number",
     "--ema nan": "--ema nan",
@@ -435,7 +437,7 @@ def test_teachers_that_do_not_fit(refused, runs, latents, tmp_path):
     refused(*flags, "--teacher", tmp_path / "none.pt", says=["none.pt", "build_teacher.py"])
     refused(*fits, "--model", "SiT-Ti/4", says=["patch", "8", "4"])
     assert not (tmp_path / "o").exists()  # no folder of a run that never began
-    refused(*fits, "--guide-depth", 99, says=["depth 99 of the loss guide"])
+    refused(*fits, "--guide-depth", 99, says=["loss guide, depth 99"])
     refused(*fits, "--guide-scale", 0.5, says=["--guide-scale 0.5"])
     refused(*fits, "--guide-weight", 0, says=["--guide-weight"])
     refused(*fits, "--data", write_folder(tmp_path / "d5", classes=5), says=["teacher.pt"])

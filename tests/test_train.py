@@ -116,6 +116,7 @@ DRAWN = "indices t drop posterior eps u"
 SHARES = [(1, 1), (7, 1), (10, 2), (16, 1), (16, 2), (16, 4), (24, 4), (256, 1), (256, 2), (256, 4)]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("batch,ways", SHARES)
 def test_slice_holds_every_masked_sample_and_is_tight(batch, ways):
     t_min, t_max = 0.4, 0.7
@@ -137,6 +138,7 @@ def test_slice_holds_every_masked_sample_and_is_tight(batch, ways):
     assert covered.sum() <= math.ceil(0.3 * batch) + 2 + 2 * (ways - 1)
 
 
+@pytest.mark.quick
 def test_slice_on_exact_edges():
     """t-min and t-max on stratum borders: a sample exactly on either border is counted."""
     rows = rows_in_range(10, 1, 0.4, 0.7)
@@ -149,6 +151,7 @@ def test_slice_on_exact_edges():
         assert (losses(x, torch.tensor([t]), y, x, x)[1] > 0) == counts, t
 
 
+@pytest.mark.quick
 def test_stratified_t_is_uniform():
     t = torch.stack([drawn(step, 16).t for step in range(4000)]).double()
     one_stratum = 0.2887 / 16  # its spread, and so that of t around the strata's middles
@@ -168,6 +171,7 @@ def test_drop_share_and_independence_of_noise():
     assert not torch.equal(drawn(17, 64, (2, 2, 2), seed=6).eps, again)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("seed,step", [(0, 0), (3, 17), (2**40, 399_999)])
 def test_the_extra_uniform_is_drawn_last_from_seed_and_step_alone(seed, step):
     """A replay by hand: the four other draws are what they are without u, which follows them."""
@@ -199,6 +203,7 @@ def test_the_extra_uniform_is_uniform_and_independent_of_t():
     assert abs(torch.corrcoef(torch.stack([t, u]))[0, 1]) < 4 / math.sqrt(len(u))
 
 
+@pytest.mark.quick
 def test_every_epoch_visits_every_image_once():
     steps = [drawn(step, 8, seed=1, images=20).indices for step in range(5)]
     seen = torch.cat(steps).tolist()  # two epochs of 20
@@ -220,6 +225,7 @@ def a_batch(n=7, scale=0.7):
     return folder, draws, make_batch(folder, draws)
 
 
+@pytest.mark.quick
 def test_batch_holds_what_its_comments_say():
     """Every field by its formula, image by image, number by number, in float64."""
     folder, draws, batch = a_batch(scale=0.7)
@@ -340,10 +346,11 @@ def test_losses_need_one_distance_an_image(reduce):
     losses = one_loss(tiny(), auxiliary.projector(tiny()), auxiliary, slice(2, 6))
     x, t, y = torch.randn(8, 4, 16, 16), torch.linspace(0, 1, 8), torch.arange(8)
     target = torch.zeros(4, 4, tiny().width)
-    with pytest.raises(UserError, match="distance must be one number an image"):
+    with pytest.raises(UserError, match="answer, target, distance do not fit"):
         losses(x, t, y, x, target)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("batch,ways", [(7, 1), (16, 2), (16, 4)])
 @pytest.mark.parametrize("stage", ["velocity", "latent", "guide"])
 def test_losses_against_float64_loops(batch, ways, stage, tmp_path):
@@ -516,10 +523,11 @@ def test_an_update_is_clip_adamw_and_the_average(clip, ramp):
     """Two optimizers, one gradient norm: five updates by the formulas, in float64."""
     how = {"lr": 1e-2, "warmup": 3, "clip": clip, "ema": 0.2, "ema_ramp": ramp}
     args = train_stage1.Settings(model="SiT-P/8", **how)
-    state = State(args, Latents(), torch.device("cpu"), *2 * [[auxiliary_loss("latent")]])
-    for network in (state.model, state.ema, state.projectors["align"]):
+    loss = auxiliary_loss("latent")
+    state = State(args, Latents(), torch.device("cpu"), *2 * [[loss]])
+    for network in (state.model, state.ema, loss.module):
         network.double()
-    learned = [*state.model.parameters(), *state.projectors["align"].parameters()]
+    learned = [*state.model.parameters(), *loss.module.parameters()]
     weights = [p.detach().clone() for p in learned]
     averages = [p.clone() for p in state.ema.parameters()]
     first, second = ([torch.zeros_like(w) for w in weights] for _ in range(2))

@@ -258,7 +258,7 @@ def test_a_class_of_which_nothing_can_be_read_is_refused(pictures, tmp_path):
 def test_other_files_and_suspicious_classes_are_said(pictures, tmp_path, capsys):
     shutil.copytree(pictures / "images" / "class 0", tmp_path / "images" / "train")
     shutil.copy(pictures / "vae.pt", tmp_path)
-    (tmp_path / "images/train/movie.gif").write_bytes(b"GIF")
+    (tmp_path / "images/train/movie.mp4").write_bytes(b"no image")
     call(vae_latents, *flags(tmp_path, tmp_path / "out"))
     said = capsys.readouterr()
     assert re.search(r"24 images of 1 classes \(train\).*\b1\b", said.out)

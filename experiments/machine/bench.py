@@ -97,7 +97,6 @@ class Step:
     def __init__(self, networks, kind, mode):
         self.args, self.folder, self.device = networks.args, networks.folder, networks.device
         self.state, (size, _) = copy.copy(networks.state), models.parse_name(self.args.model)
-        self.state.projectors, self.state.optimizers = {}, {**networks.state.optimizers}
         self.auxiliary = Alignment(self.args, size.align_depth)
         self.is_naive = kind not in ("vanilla", "stage 1", "stage 2")
         batch, t_min, t_max = self.args.batch_size, self.args.t_min, self.args.t_max
@@ -110,22 +109,20 @@ class Step:
             self.auxiliary.teacher = in_precision(networks.teacher)
         if kind != "vanilla":
             projector = self.auxiliary.projector(self.state.model).to(self.device)
-            optimizer = adamw(list(projector.parameters()), self.args)
-            self.state.projectors[self.auxiliary.name] = projector
-            self.state.optimizers[self.auxiliary.name] = optimizer
+            self.auxiliary.module = projector
+            self.auxiliary.optimizer = adamw(list(projector.parameters()), self.args)
+        self.state.losses = {"": self.auxiliary}
         self.auxiliary.rows = self.rows
         model = twin(self.state.model, "blocks" if mode == "blocks" else "eager")
-        self.network = LossNetwork(model, self.state.projectors, [self.auxiliary])
+        self.network = LossNetwork(model, [self.auxiliary])
         if mode == "whole":
             self.network = parallel(self.network, self.args)
 
     def losses(self, batch):
         """(L_diff, L_aux)."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            targets = {
-                name: self.auxiliary.target(batch[self.rows]) for name in self.state.projectors
-            }
-            return self.network(batch.x_t, batch.t, batch.y_input, batch.velocity, targets)
+            target = self.auxiliary.module and self.auxiliary.target(batch[self.rows])
+            return self.network(batch.x_t, batch.t, batch.y_input, batch.velocity, [target])
 
     def __call__(self):
         draws = draw(self.state.step, self.args, self.folder, self.device)
@@ -141,7 +138,7 @@ class Step:
         total = 3 * self.args.batch_size * model.forward_flops()
         if self.auxiliary.teacher:
             total += 2 * rows * self.auxiliary.teacher.forward_flops()
-        for projector in self.state.projectors.values():
+        if projector := self.auxiliary.module:
             weights = sum(p.numel() for p in projector.parameters() if p.ndim == 2)
             total += 3 * 2 * rows * (model.input_size // model.patch) ** 2 * weights
         return total
