@@ -291,10 +291,12 @@ class LatentFolder:
             found = self.moments.dtype, self.moments.shape, labels.shape
             if found != (np.float16, (N, 2 * C, H, W), (N,)) or H != W:
                 raise ValueError(f"moments.npy and labels.npy are {found}, of {H} x {W}")
-            scale, count = meta["scale"], len(meta["classes"])
-            inside = ((labels >= 0) & (labels < count)).all()
-            if meta["format"] != FORMAT or not inside or not 0 < scale < float("inf"):
-                raise ValueError(f"labels {labels.min()} to {labels.max()}, {scale=} or its format")
+            scale, kind = meta["scale"], meta["format"]
+            inside = ((labels >= 0) & (labels < len(meta["classes"]))).all()
+            if kind != FORMAT or not inside or not 0 < scale < float("inf"):
+                raise ValueError(
+                    f"labels {labels.min()} to {labels.max()}, {scale=}, format {kind}"
+                )
             some = self.moments[np.linspace(0, N - 1, min(N, 64)).astype(int)]
             meta["identity"] = fingerprint(self.labels, meta["classes"], meta["scale"], some)
             meta.setdefault("vae", {"path": None, "identity": None})

@@ -53,6 +53,8 @@ def commands():
         for script, rest in re.findall(r"(?:python|=8) ([\w/]+\.py)([^#|&;`]*)", line):
             if script != "cosine.py":  # the example that CONTRIBUTING.md itself has
                 yield script, re.findall(r" (--[a-z-]+)", rest)
+        for module, rest in re.findall(r"python -m (experiments\.\w+\.\w+)([^#|&;`]*)", line):
+            yield f"{module.replace('.', '/')}.py", re.findall(r" (--[a-z-]+)", rest)
 
 
 def test_flags_in_the_readme_and_scripts_exist():
@@ -63,8 +65,12 @@ def test_flags_in_the_readme_and_scripts_exist():
     for script, flags in wanted.items():
         assert (ROOT / script).is_file(), script
         source = (ROOT / script).read_text()
-        if script.startswith("train_stage2"):
-            source += (ROOT / "train_stage1.py").read_text()
+        if script.startswith(("train_stage2", "experiments/methods")):
+            source += (ROOT / "train_stage1.py").read_text() + (
+                ROOT / "train_stage2.py"
+            ).read_text()
+        if "methods" in script:
+            source += (ROOT / "experiments/methods/method.py").read_text()
         for flag in flags:
             name = flag[2:].replace("-", "_")
             known = (f"{name}:", f'"{flag}"', f'alias="{flag[2:]}"', "TrainSettings")

@@ -232,7 +232,7 @@ def test_hidden_files_are_no_images_and_are_counted(place, vae, tmp_path, capsys
     assert data.meta["classes"] == ["cat", "dog", "fox"] and len(data) == 9
     files = json.loads((tmp_path / "data/files.json").read_text())
     assert not [name for name in files if "/." in f"/{name}"]
-    said = next(line for line in out.splitlines() if "hidden" in line)
+    said = next(line for line in out.splitlines() if "hidden, linked" in line)
     assert re.search(r"\b1\b" if place == "beside" else r"\b3\b", said.split("(cat, dog, fox)")[1])
 
 

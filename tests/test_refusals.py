@@ -178,7 +178,7 @@ def test_unwritable_or_bad_vae(refused, tmp_path, vae):
         refused(*flags, *scaled, says=["scale.pt", "scale"])
     torch.save({"model": {"a": torch.zeros(1)}, "scale": 1.0}, tmp_path / "no.pt")
     refused(*flags, "--vae", tmp_path / "no.pt", "--out", tmp_path / "o", says=["no.pt", "no VAE"])
-    refused(*flags, "--image-size", 30, "--out", tmp_path / "o", says=["--image-size"])
+    refused(*flags, "--image-size", 31, "--out", tmp_path / "o", says=["--image-size"])
     refused(*flags, "--batch-size", 0, "--out", tmp_path / "o", says=["--batch-size 0"])
     assert not (tmp_path / "o").exists()
 

@@ -262,7 +262,7 @@ def test_other_files_and_suspicious_classes_are_said(pictures, tmp_path, capsys)
     call(vae_latents, *flags(tmp_path, tmp_path / "out"))
     said = capsys.readouterr()
     assert re.search(r"24 images of 1 classes \(train\).*\b1\b", said.out)
-    assert "warning: " in said.err and "(train)" in said.err
+    assert "warning: " in said.err and "becomes a class: train" in said.err
 
 
 def test_a_linked_class_folder_is_followed(pictures, encoded, tmp_path):
@@ -323,7 +323,7 @@ def test_the_verdict_on_a_damaged_folder_is_one(pictures, encoded, tmp_path):
     data = (encoded / "moments.npy").read_bytes()
     (tmp_path / "a/moments.npy").write_bytes(data[: len(data) // 2])
     for attempt in (LatentFolder, lambda out: call(vae_latents, *flags(pictures, out))):
-        with pytest.raises(UserError, match="remove it"):
+        with pytest.raises(UserError, match="make it anew"):
             attempt(tmp_path / "a")
 
 
