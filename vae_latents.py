@@ -294,9 +294,7 @@ class LatentFolder:
             scale, kind = meta["scale"], meta["format"]
             inside = ((labels >= 0) & (labels < len(meta["classes"]))).all()
             if kind != FORMAT or not inside or not 0 < scale < float("inf"):
-                raise ValueError(
-                    f"labels {labels.min()} to {labels.max()}, {scale=}, format {kind}"
-                )
+                raise ValueError(f"labels {labels.min()} to {labels.max()}, {scale}, format {kind}")
             some = self.moments[np.linspace(0, N - 1, min(N, 64)).astype(int)]
             meta["identity"] = fingerprint(self.labels, meta["classes"], meta["scale"], some)
             meta.setdefault("vae", {"path": None, "identity": None})
