@@ -391,7 +391,7 @@ def test_a_foreign_checkpoint_samples(foreign, vae_file, tmp_path):
     vae = tmp_path / "vae.pt"
     vae.write_bytes(vae_file.read_bytes())
     ok(
-        "experiments/checkpoints/convert_sit.py",
+        "experiments.checkpoints.convert_sit",
         tmp_path / "their.pt",
         tmp_path / "ours.pt",
         "--vae",

@@ -324,7 +324,7 @@ esac
 
 def test_nothing_fails(tmp_path):
     process = smoke(tmp_path, PLAYS)
-    out, errors = process.communicate(timeout=60)
+    out, errors = process.communicate(timeout=600)
     assert process.returncode == 0 and not errors, out + errors
     assert out.splitlines()[-1].startswith("11 steps, 0 failed, ")
 
@@ -332,7 +332,7 @@ def test_nothing_fails(tmp_path):
 def test_after_a_failure_the_rest_goes_on(tmp_path):
     fails = 'case "$*" in *checkpoints.probe*) echo "probe.py: error: no such run"; exit 2 ;; esac'
     process = smoke(tmp_path, fails + PLAYS)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=600)
     lines = out.splitlines()
     assert process.returncode == 1
     assert re.fullmatch(r"probe +\d+ s  FAILED, exit status 2", lines[STEPS.index("probe")])
@@ -346,7 +346,7 @@ def test_after_a_failure_the_rest_goes_on(tmp_path):
 def test_an_end_that_is_not_the_wanted_one_is_a_failure(tmp_path):
     """A training that hears SIGTERM and ends as if it were done."""
     process = smoke(tmp_path, PLAYS.replace("exit 143", "exit 0"))
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=600)
     assert process.returncode == 1 and "stopped" in out
     assert re.search(r"^stopped +\d+ s  FAILED, exit status 0$", out, re.MULTILINE)
 
@@ -360,7 +360,7 @@ def test_a_signal_ends_what_runs(number, status, tmp_path):
         time.sleep(0.05)
     assert left_behind(tmp_path)
     process.send_signal(number)
-    assert process.wait(timeout=30) == status
+    assert process.wait(timeout=600) == status
     assert not left_behind(tmp_path)
     assert not list((tmp_path / "tmp").iterdir())
 
