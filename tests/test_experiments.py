@@ -637,7 +637,7 @@ def save(*_):
     with open(os.environ["CALLS"], "a") as file:
         file.write("saved\\n")
     sys.exit(143)
-if os.environ.get("FAILS", "sra.py") in words:
+if os.environ.get("FAILS", "methods.sra") in words:
     while "ENDLESS" in os.environ and "starts" not in open("out/demo/vanilla.log").read():
         time.sleep(0.02)
     sys.exit(1)
@@ -699,13 +699,13 @@ def wait_for(sign, process):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_the_demo_alone_is_ended_and_its_trainings_save(number, project):
     """Both trainings, of which one is behind a second shell, hear SIGTERM, whatever ended it."""
-    process = project("demo.sh", fake=True, ENDLESS="1")
+    process = project("demo/demo.sh", fake=True, ENDLESS="1")
     assert any("starts" in line for line in process.stdout)
     log = project.folder / "out/demo/vanilla.log"
     wait_for(lambda: "starts" in log.read_text(), process)
     assert len(living(project.folder)) == 4
     os.kill(process.pid, number)
-    assert process.wait(120) == 128 + (15 if number == signal.SIGHUP else number)
+    assert process.wait(600) == 128 + (15 if number == signal.SIGHUP else number)
     assert living(project.folder) == []
     assert (project.folder / "calls").read_text().splitlines().count("saved") == 2
 
@@ -713,8 +713,8 @@ def test_the_demo_alone_is_ended_and_its_trainings_save(number, project):
 @pytest.mark.slow
 def test_a_demo_that_fails_ends_the_other_training(project):
     """Stage 1 fails while vanilla trains."""
-    process = project("demo.sh", fake=True, ENDLESS="1", FAILS="SiT-N/4")
-    assert process.wait(120) == 1
+    process = project("demo/demo.sh", fake=True, ENDLESS="1", FAILS="SiT-N/4")
+    assert process.wait(600) == 1
     assert living(project.folder) == []
     calls = (project.folder / "calls").read_text()
     assert "saved" in calls and "build_teacher" not in calls
@@ -723,9 +723,11 @@ def test_a_demo_that_fails_ends_the_other_training(project):
 @pytest.mark.slow
 def test_the_experiments_rows(project):
     """Each row's commands run; one that fails does not stop the others, and is told."""
-    process = project("cifar10.sh", fake=True, JOBS="3", ONLY="^(W-.*|N|P|sra)-seed|features")
+    process = project(
+        "cifar10/cifar10.sh", fake=True, JOBS="3", ONLY="^(W-.*|N|P|sra)-seed|features"
+    )
     said = process.stdout.read()
-    assert process.wait(120) == 1
+    assert process.wait(600) == 1
     calls = (project.folder / "calls").read_text().splitlines()
     trained = [call for call in calls if "train_stage" in call]
     larger = [call for call in trained if "SiT-W/2" in call]
@@ -740,32 +742,37 @@ def test_the_experiments_rows(project):
     assert any("P-seed3/teacher-6000" in c and "W-descP-seed2" in c for c in larger)
     assert any("--guide-weight 0.15" in c and "W-relN-seed2" in c for c in larger)
     assert said.count("failed: see") == 3  # the rows of SRA
-    assert "report.py" in calls[-1]
-    scripts = {word for call in calls for word in call.split()[:1]}
-    assert all((ROOT / word).is_file() for word in scripts), scripts
+    assert "experiments.cifar10.report" in calls[-1]
+    words = {tuple(call.split()[:2]) for call in calls}
+    scripts = {second if first == "-m" else first for first, second in words}
+    files = [
+        f"{name.replace('.', '/')}.py" if "/" not in name and name.startswith("exp") else name
+        for name in scripts
+    ]
+    assert all((ROOT / name).is_file() for name in files), scripts
 
 
 @pytest.mark.slow
 def test_rows_are_taken_up_where_they_are(project):
     only = {"ONLY": "^N-seed2", "JOBS": "1"}
-    assert project("cifar10.sh", fake=True, **only).wait(120) == 0
+    assert project("cifar10/cifar10.sh", fake=True, **only).wait(600) == 0
     run = project.folder / "out/cifar10/N-seed2"
     (run / "ckpt-0006000.pt").touch()
     for step in (3000, 6000):
         (run / f"teacher-{step}/teacher.pt").touch()
     (project.folder / "calls").unlink()
-    assert project("cifar10.sh", fake=True, **only).wait(120) == 0
+    assert project("cifar10/cifar10.sh", fake=True, **only).wait(600) == 0
     assert "train_stage1" not in (project.folder / "calls").read_text()
 
 
 @pytest.mark.slow
 def test_the_experiment_alone_is_ended_and_its_trainings_save(project):
     calls = project.folder / "calls"
-    process = project("cifar10.sh", fake=True, JOBS="2", ENDLESS="1")
+    process = project("cifar10/cifar10.sh", fake=True, JOBS="2", ENDLESS="1")
     logs = project.folder / "out/cifar10"
     wait_for(lambda: sum("starts" in f.read_text() for f in logs.glob("*.log")) == 2, process)
     process.terminate()
-    assert process.wait(120) == 128 + signal.SIGTERM
+    assert process.wait(600) == 128 + signal.SIGTERM
     assert living(project.folder) == []
     assert calls.read_text().splitlines().count("saved") == 2
 

@@ -138,7 +138,7 @@ def main():
     classes = len(images.classes)
     check_judges(judges, args.images, args.image_size, classes)
     generator = torch.Generator().manual_seed(args.seed)
-    order = torch.randperm(len(images), generator=generator).tolist()
+    order = torch.randperm(len(images.files), generator=generator).tolist()
     first_half = [row for row in order if images.labels[row] < classes / 2][: args.num]
     if len(first_half) < args.num:
         problem = f"half of its classes have {len(first_half)} pictures"

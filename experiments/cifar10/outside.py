@@ -177,14 +177,16 @@ class Settings:
 
 def fit(args):
     images = Images(args.images, args.image_size)
-    if len(images) < args.num + args.held_out:
+    if len(images.files) < args.num + args.held_out:
         wanted = f"--num {args.num} and --held-out {args.held_out}"
-        raise UserError(f"{args.images}: has {len(images)} pictures; give less than {wanted}")
+        raise UserError(f"{args.images}: has {len(images.files)} pictures; give less than {wanted}")
     network, vae = load_network(args.size), load_vae(args.vae)
     if args.image_size % vae.factor:
         raise UserError(f"--image-size {args.image_size}: must be a multiple of {vae.factor}")
     generator = torch.Generator().manual_seed(args.seed)
-    rows = torch.randperm(len(images), generator=generator)[: args.num + args.held_out].tolist()
+    rows = torch.randperm(len(images.files), generator=generator)[
+        : args.num + args.held_out
+    ].tolist()
     pictures, labels = read_pictures(images, rows)
     decoded = round_trips(vae, pictures)
     groups = []  # the features of the pictures, and of their round trips
