@@ -108,7 +108,7 @@ class AutoencoderKL(nn.Module):
         super().__init__()
         groups = min(32, channels[0] // 4)
         self.latent_channels = latent_channels
-        self.scale = scale  # x0 = scale * (mean + std * eps) has unit variance
+        self.scale = scale  # x0 = scale * (mean + std * noise) has unit variance
         self.factor = 2 ** (len(channels) - 1)  # of an image's side to its latent's
         self.encoder = Coder(3, 2 * latent_channels, channels, layers, groups, "down")
         self.decoder = Coder(latent_channels, 3, channels[::-1], layers + 1, groups, "up")
