@@ -241,9 +241,13 @@ def train(args: TrainSettings, *losses: Auxiliary):
             state.update(args, values)  # clip, AdamW, EMA
 
             stopping = any(common.gather(bool(heard)))  # all processes stop after the same step
-            if state.step % args.log_every == 0:
+            logs = state.step % args.log_every == 0
+            saves = stopping or state.step % args.save_every == 0 or state.step == args.steps
+            if logs or saves:
+                state.check(args)
+            if logs:
                 log.write()
-            if stopping or state.step % args.save_every == 0 or state.step == args.steps:
+            if saves:
                 state.save(args, folder, rank)
             if stopping and state.step < args.steps:
                 say(f"stopped by a signal after step {state.step}, which is saved; run it again")
@@ -304,18 +308,16 @@ class State:
 
     def __init__(self, args, folder, device, losses=(), running=()):
         torch.manual_seed(args.seed)
-        self.model = models.build_for(vars(args), folder.meta)
+        self.model = model = models.build_for(vars(args), folder.meta)
         for loss in running:
-            if not 1 <= loss.depth <= self.model.depth:
-                raise UserError(
-                    f"loss {loss.name}, depth {loss.depth}: use 1 to {self.model.depth}"
-                )
-            loss.module = loss.projector(self.model).to(device)
+            if not 1 <= loss.depth <= model.depth:
+                raise UserError(f"loss {loss.name}, depth {loss.depth}: use 1 to {model.depth}")
+            loss.module = loss.projector(model).to(device)
             weights = list(loss.module.parameters())
             loss.optimizer = adamw(weights, args) if weights else None
-        self.model.to(device)
-        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.optimizer = adamw(list(self.model.parameters()), args)
+        model.to(device)
+        self.ema = copy.deepcopy(model).eval().requires_grad_(False)
+        self.optimizer = adamw(list(model.parameters()), args)
         # By what their parts are called in a checkpoint: with one loss "projector", without a name
         self.losses = {f"_{loss.name}" if i else "": loss for i, loss in enumerate(losses)}
         self.step, self.lock = 0, None  # steps done so far; what keeps other runs out
@@ -361,7 +363,6 @@ class State:
 
     def save(self, args, folder, rank):
         """Write ckpt-<step>.pt whole or not at all; all processes learn whether it worked."""
-        self.check(args)
         content = {name: part and part.state_dict() for name, part in self.parts().items()}
         content.update({f"identity{name}": loss.identity for name, loss in self.losses.items()})
         content.update(format=models.FORMAT, step=self.step, sums=self.sums.tolist())
@@ -434,7 +435,6 @@ class Log:
 
     def write(self):
         """Append the means since the last line, print them, and begin new sums."""
-        self.state.check(self.args)
         *sums, count = self.state.sums.tolist()
         self.state.sums.zero_()
         if self.rank > 0:

@@ -254,12 +254,12 @@ class Images(Dataset):
                 raise UserError(f"{root}: needs a folder for each class; empty: {empty}")
             if len(full) == 1 or {name.lower() for name in self.classes} & {*splits}:
                 warn(f"{root}: each folder in it becomes a class: {', '.join(self.classes[:10])}")
-        self.files, sizes = map(list, zip(*found, strict=True))
+        self.files, sizes = map(list, zip(*found, strict=True))  # no times: a copy has others
         self.names = [os.path.relpath(path, root) for path in self.files]
-        some = [path for path in self.files[:: 1 + len(found) // 64] if os.access(path, os.R_OK)]
-        contents = [Path(path).read_bytes() for path in some]
-        self.identity = fingerprint(self.names, sizes, contents)  # without times: a copy has others
-        looks = [self[i][0] for i in range(0, len(found), 1 + len(found) // 64)]
+        some = range(0, len(found), 1 + len(found) // 64)
+        readable = [Path(self.files[i]) for i in some if os.access(self.files[i], os.R_OK)]
+        self.identity = fingerprint(self.names, sizes, [path.read_bytes() for path in readable])
+        looks = [self[i][0] for i in some]
         most = max((int(pixels.max()) for pixels in looks if pixels is not None), default=255)
         if most <= 64:  # a quarter of white
             warn(f"{root}: no pixel is above {most * white // 255} of {white}; give --white NUMBER")
