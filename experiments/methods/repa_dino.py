@@ -7,7 +7,7 @@ anyway, and the latent folder names them: files.json, and "source" in meta.json.
 
 REPA's preprocessing (Yu et al. 2025, arXiv 2410.06940; code): the crop in [0, 1], ImageNet's
 mean and deviation, bicubic to 224 px for 256, 448 for 512; then DINOv2's tokens without the class
-token. The encoder comes from torch.hub and costs a forward pass an image: ViT-B 46 GFLOPs at 224 px.
+token. The encoder comes from torch.hub and costs a forward pass an image (ViT-B at 224: 46 GFLOPs).
 """
 
 import json
