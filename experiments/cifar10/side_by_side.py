@@ -1,7 +1,6 @@
-"""A picture in which two or more grids of frontier.py alternate, row by row, so that pictures of the
-same noise and label stand above each other.
+"""A picture in which grids of frontier.py alternate, row by row: the same noise, one below the other.
 
-    python -m experiments.cifar10.side_by_side vanilla=grids/A.png "stage 2=grids/B.png" --out page.jpg
+    python -m experiments.cifar10.side_by_side vanilla=A.png "stage 2=B.png" --out page.jpg
 """
 
 from dataclasses import dataclass
