@@ -201,8 +201,7 @@ class SiT(nn.Module):
         T, D = (self.input_size // self.patch) ** 2, self.width
         block = 24 * T * D * D + 4 * T * T * D + 12 * D * D  # qkv, proj, MLP; attention; adaLN
         patches = 4 * T * D * self.patch**2 * self.in_channels  # the first layer and the last
-        conditions = 2 * (256 * D + D * D) + 4 * D * D  # time embedding; the last layer's adaLN
-        return self.depth * block + patches + conditions
+        return self.depth * block + patches + 512 * D + 6 * D * D  # time embedding, last adaLN
 
 
 def build_for(args: dict, meta: dict) -> SiT:

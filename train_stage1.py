@@ -476,9 +476,8 @@ def heard_signals():
     heard = []
 
     def hear(number, frame):
-        if not heard:
-            heard.append(time.time())
-        elif time.time() > heard[0] + 1:  # torchrun sends each signal twice within a moment
+        heard.append(time.time())
+        if heard[-1] > heard[0] + 1:  # torchrun sends each signal twice within a moment
             signal.signal(number, before[number])
             os.kill(os.getpid(), number)
 

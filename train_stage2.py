@@ -48,8 +48,7 @@ class Guidance(Auxiliary):
         self.s = saved["scale"] if args.guide_scale is None else args.guide_scale
         self.identity = fingerprint(self.s, *teacher.state_dict().values())
         self.teacher = teacher.to(device)
-        if args.compile:
-            self.teacher.compile(dynamic=False)
+        self.teacher.compile(dynamic=False, disable=not args.compile)
 
     def projector(self, model):
         return Projector(model.width, out=self.teacher.width, hidden=self.args.projector_dim)

@@ -1,6 +1,6 @@
 """A picture in which grids of frontier.py alternate, row by row: of one noise, one below the other.
 
-    python -m experiments.cifar10.side_by_side vanilla=A.png "stage 2=B.png" --out page.jpg
+python -m experiments.cifar10.side_by_side vanilla=A.png "stage 2=B.png" --out page.jpg
 """
 
 from dataclasses import dataclass
