@@ -30,8 +30,7 @@ SIZES = {  # depth, width, heads, d1, dt, ds
     "XL": Size(28, 1152, 16, 8, 19, 14),
 }
 
-# t = t_of(q), where q is uniform in [0, 1], and q = q_of(t). For another distribution of t assign
-# functions of your own: models.t_of, models.q_of = ...
+# t = t_of(q) of a uniform q, and q = q_of(t); for another distribution assign two functions here
 t_of = q_of = nn.Identity()
 
 
@@ -251,8 +250,7 @@ def load_checkpoint(path, weights="ema", null_label_for="") -> tuple[SiT, dict]:
             weights = "ema" if weights == "best" and "ema" in saved and initial < 0.1 else alone
         model.load_state_dict(saved[weights])
     if weights == "ema" and initial >= 0.1:  # the share of the initial weights in the average
-        what = f"its average is {initial:.0%} untrained"
-        raise UserError(f"{path}: {what}; take a later checkpoint, or its --weights model")
+        raise UserError(f"{path}: averages {initial:.0%} untrained weights; try --weights model")
     if null_label_for and args["label_drop"] == 0:
         raise UserError(f"{path}: {null_label_for} needs a null label; --label-drop 0 trained none")
     return model.eval(), saved

@@ -1,8 +1,7 @@
-"""Stage 1, and THE training loop, which stage 2 and every other method run on, too.
+"""Stage 1, and THE training loop, which stage 2 and every other method run on, too. In this order:
+settings, draws, losses, loop, state, log; last, stage 1 itself (arXiv 2601.07773).
 
     torchrun --nproc_per_node=8 train_stage1.py                 # SiT-XL/2, the paper's settings
-
-In this order: settings, draws, losses, loop, state, log; last, stage 1 itself (arXiv 2601.07773).
 
 Training is a function of the step: (seed, epoch) decides the order of the images, (seed, k) all
 that is random in step k, for the whole batch, of which each process takes its rows. So the same

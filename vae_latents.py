@@ -245,10 +245,10 @@ class Images(Dataset):
             if (tables and shards) or 2 * len(near) > len(self.labels) > 0:
                 what = f"has folders like shards and {[*tables, *near][0]} like labels"
                 raise UserError(f"{root}: {what}; write EDM's dataset.json, or move that file away")
-            if len(full := {*self.labels}) < max(1, len(self.classes)):
-                empty = [name for label, name in enumerate(self.classes) if label not in full]
+            empty = [name for name, files in zip(self.classes, below, strict=True) if not files]
+            if empty or not below:
                 raise UserError(f"{root}: needs a folder for each class; empty: {empty}")
-            if len(full) <= 3:  # train and val, or what a ZIP file was unpacked to
+            if len(below) <= 3:  # train and val, or what a ZIP file was unpacked to
                 warn(f"{root}: each folder in it becomes a class: {', '.join(self.classes[:10])}")
         self.files, sizes = map(list, zip(*found, strict=True))  # no times: a copy has others
         self.names = [os.path.relpath(path, root) for path in self.files]
@@ -376,8 +376,7 @@ def main():
     vae = load_vae(args.vae)
     if args.image_size % vae.factor or args.image_size < 2 * vae.factor:
         raise UserError(f"--image-size {args.image_size}: must be {vae.factor} times 2, 3, ...")
-    listed = Images(args.images, args.image_size, args.white) if rank == 0 else None
-    images = common.gather(listed)[0]  # one process lists for all
+    images = common.gather(rank or Images(args.images, args.image_size, args.white))[0]
     out = Path(args.out)
     tag = fingerprint(images.identity, args.image_size, args.white, vae.identity())[:12]
     _lock = common.lock(out)  # until main returns
