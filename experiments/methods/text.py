@@ -3,15 +3,15 @@
     python -m experiments.methods.text table data/text --captions captions.json
     python -m experiments.methods.text stage1 --data data/text --out out/text-stage1
     python -m experiments.methods.text teacher --ckpt out/text-stage1 --out out/text-teacher
-    python -m experiments.methods.text stage2 --teacher out/text-teacher/teacher.pt --data data/text
+    python -m experiments.methods.text stage2 --data data/text --teacher out/text-teacher/teacher.pt
     python -m experiments.methods.text sample --ckpt out/stage2 --classes "a red star"
 
-`table` makes a latent folder's labels rows of a table of captions: all that may ever be sampled,
-also those of no image; the null label is the row behind them, the empty caption. So the loop, the
-teacher and the samplers stay as they are, and the other four verbs take the flags of their scripts.
-The rows are words, or features (captions + 1, L, D) of a text encoder, from a .npy file. The
-blocks are PixArt-alpha's (Chen et al. 2023, arXiv 2310.00426): cross-attention between attention
-and MLP, zero at first; adaLN hears t alone. The two layers that read the words are our choice.
+`table` makes a latent folder's labels rows of a table: all captions that may ever be sampled, also
+those of no image. The null label is the row behind them, the empty caption. So loop, teacher and
+samplers stay as they are; the other verbs take the flags of train_stage1.py and so on. A row holds
+words, or features of a text encoder. The blocks are PixArt-alpha's (Chen et al. 2023, arXiv
+2310.00426): cross-attention, zero at first, between attention and MLP; adaLN is told t alone. The
+two layers that read the words, or the features, are our choice.
 """
 
 import json
@@ -39,9 +39,9 @@ from vae_latents import LatentFolder
 
 
 class CrossAttention(nn.Module):
-    """Image tokens x (N, T, D) attend to a caption's tokens (N, L, D), where mask (N, L) is True."""
+    """Image tokens x (N, T, D) look at a caption's tokens (N, L, D), where mask (N, L) is True."""
 
-    # (q, k, v, attn_mask=) -> values. Another one may stand in for it at sampling, such as PLADIS's
+    # What sampling may replace, such as by PLADIS: (q, k, v, attn_mask=) -> values
     attend = staticmethod(F.scaled_dot_product_attention)
 
     def __init__(self, width, heads, qk_norm):
@@ -83,11 +83,9 @@ class TextSiT(SiT):
         super().__init__(size, patch, input_size, in_channels, num_classes, qk_norm)
         width, heads, length = size.width, size.heads, table.shape[1]
         self.register_buffer("table", table, persistent=False)  # no part of a checkpoint
-        if table.dim() == 2:
-            embed = nn.Embedding(int(table.max()) + 1, width)
-        else:
-            embed = nn.Linear(table.shape[2], width)
-        self.y_embedder = nn.ModuleDict({"embedding_table": embed})
+        words = nn.Embedding(int(table.max()) + 1, width) if table.dim() == 2 else None
+        embed = words or nn.Linear(table.shape[2], width)
+        self.y_embedder = nn.ModuleDict({"embedding_table": embed})  # in the label table's place
         self.word_positions = nn.Parameter(0.02 * torch.randn(length, width))
         options = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
         layer = nn.TransformerEncoderLayer(width, heads, 4 * width, **options)
@@ -101,9 +99,9 @@ class TextSiT(SiT):
     def read(self, y):
         """Labels (N,) -> (tokens (N, L, D), mask (N, L), True where there is a word)."""
         rows = self.table[y]
-        mask = rows != 0 if rows.dim() == 2 else (rows != 0).any(dim=2)
-        embed = self.y_embedder["embedding_table"]
-        rows = rows if rows.dim() == 2 else rows.to(embed.weight.dtype)
+        embed, mask = self.y_embedder["embedding_table"], rows != 0
+        if rows.dim() == 3:
+            rows, mask = rows.to(embed.weight.dtype), mask.any(dim=2)
         tokens = embed(rows) + self.word_positions
         return self.reader(tokens, src_key_padding_mask=~mask), mask
 
@@ -154,9 +152,7 @@ def build_for(args, meta) -> TextSiT:
     size, patch = models.parse_name(args["model"])
     side, channels, captions = meta["height"], meta["channels"], meta["classes"]
     if "text" not in meta:
-        raise UserError(
-            "the latents have no captions; run python -m experiments.methods.text table"
-        )
+        raise UserError("--data: has no table of captions; run text.py table for it")
     if side % patch:
         raise UserError(f"--model {args['model']}: patches of {patch} do not tile {side} x {side}")
     if path := meta["text"]["features"]:
@@ -171,8 +167,8 @@ def build_for(args, meta) -> TextSiT:
 @dataclass
 class Settings:
     data: str = setting("", positional=True)  # latent folder whose labels are rows of --captions
-    captions: str | None = None  # list in a JSON file (default: the names of the folder's classes)
-    features: str | None = None  # .npy file; a row each, last the empty caption's (default: words)
+    captions: str = "captions.json"  # list of all captions; that of an image is row <label>
+    features: str | None = None  # .npy file (captions + 1, L, D), last the empty one's; else words
 
 
 def add_table():
@@ -181,27 +177,20 @@ def add_table():
     meta = json.loads(path.read_text())
     if "text" in meta:
         raise UserError(f"{args.data}: has a table already; encode the images anew for another")
-    captions = classes
-    if args.captions:
-        with common.reading(args.captions, "is no JSON list of captions"):
-            captions = [str(caption) for caption in json.loads(Path(args.captions).read_text())]
-    for row, name in enumerate(classes):  # the names are numbers where EDM's dataset.json gave them
-        if [name] != captions[row : row + 1] and (row >= len(captions) or name != str(row)):
-            raise UserError(
-                f"{args.captions}: has no row {row} for class {name}; list all in order"
-            )
+    with common.reading(args.captions, "is no JSON list of captions that fits the labels"):
+        captions = [" ".join(text.split()) for text in json.loads(Path(args.captions).read_text())]
+        for row, name in enumerate(classes):  # a folder's name; a number from EDM's dataset.json
+            if name not in (str(row), captions[row]):
+                raise ValueError(f"row {row} is {captions[row]}, the class is {name}")
     meta["classes"], meta["text"] = captions, {"features": None}
     if args.features:
         features, identity = read_features(args.features, len(captions))
         if not features.flatten(1).any(dim=1).all():
-            raise UserError(
-                f"{args.features}: has a row of zeros; the empty caption has tokens, too"
-            )
+            raise UserError(f"{args.features}: has a row of zeros; the null needs a token, too")
         meta["text"] = {"features": str(Path(args.features).absolute()), "identity": identity}
     with common.atomic_write(path) as file:
         file.write(json.dumps(meta).encode())
-    kind = "features" if args.features else "words"
-    say(f"{args.data}: a table of {kind} for {len(captions)} captions and the empty one")
+    say(f"{args.data}: {len(captions)} captions, and the empty one, of {args.features or 'words'}")
 
 
 VERBS = {"table": add_table, "stage1": train_stage1.main, "teacher": build_teacher.main}
