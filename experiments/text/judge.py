@@ -121,8 +121,8 @@ def load(path) -> Judge:
 class Settings:
     vae: str | None = None  # the VAE of the latents
     out: str = "data/text-judge.pt"  # file to write
-    num: int = setting(20_000, at_least=1)  # drawings to learn from
-    steps: int = setting(1200, at_least=1)  # steps of 128 images
+    num: int = setting(12_000, at_least=1)  # drawings to learn from
+    steps: int = setting(800, at_least=1)  # steps of 128 images
     seed: int = setting(0, at_least=0)  # of the weights
 
 
