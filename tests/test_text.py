@@ -220,7 +220,7 @@ def test_a_drawing_has_what_its_caption_says_where_it_says():
 
 
 def test_judges_figures_are_counted_by_hand():
-    """Two figures right, swapped, one colour wrong, one shape wrong, one figure for two; one right."""
+    """Two figures: right, swapped, a wrong colour, a wrong shape, one for two. One: right."""
     truths = torch.tensor([[1, 0, 1, 2, 3]] * 5 + [[0, 4, 5, -1, -1]])
     rows = [[1, 0, 1, 2, 3], [1, 2, 3, 0, 1], [1, 5, 1, 2, 3], [1, 0, 1, 2, 0], [0, 0, 1, 2, 3]]
     found = judge.figures(torch.tensor([*rows, [0, 4, 5, 2, 2]]), truths)

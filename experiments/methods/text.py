@@ -7,11 +7,11 @@
     python -m experiments.methods.text sample --ckpt out/stage2 --classes "a red star"
 
 `table` makes a latent folder's labels rows of a table: all captions that may ever be sampled, also
-those of no image. The null label is the row behind them, the empty caption. So loop, teacher and
-samplers stay as they are; the other verbs take the flags of train_stage1.py and so on. A row holds
-words, or features of a text encoder. The blocks are PixArt-alpha's (Chen et al. 2023, arXiv
-2310.00426): cross-attention, zero at first, between attention and MLP; adaLN is told t alone. The
-two layers that read the words, or the features, are our choice.
+those of no image. The null label is the row behind them, the empty caption, so that loop, teacher
+and samplers stay as they are. The other verbs take their scripts' flags. A row holds words, or
+features of a text encoder. The blocks are PixArt-alpha's (Chen et al. 2023, arXiv 2310.00426):
+cross-attention, zero at first, between attention and MLP; adaLN is told t alone. Ours are the two
+layers that read the rows.
 """
 
 import json
@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 import build_teacher
 import common
@@ -32,25 +31,20 @@ import sample
 import train_stage1
 import train_stage2
 from common import UserError, fingerprint, say, setting
-from models import SiT, SiTBlock, modulate, unpatchify
+from models import Attention, SiT, SiTBlock, modulate, unpatchify
 from vae_latents import LatentFolder
 
-# ---- The network
 
-
-class CrossAttention(nn.Module):
+class CrossAttention(Attention):
     """Image tokens x (N, T, D) look at a caption's tokens (N, L, D), where mask (N, L) is True."""
 
-    # What sampling may replace, such as by PLADIS: (q, k, v, attn_mask=) -> values
+    # (q, k, v, attn_mask=) -> values; sampling may replace it, such as by pladis.attention
     attend = staticmethod(F.scaled_dot_product_attention)
 
     def __init__(self, width, heads, qk_norm):
-        super().__init__()
-        self.heads = heads
+        super().__init__(width, heads, qk_norm)
         self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
-        self.q_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(width, width)
+        del self.qkv
 
     def forward(self, x, caption, mask):
         N, T, D = x.shape
@@ -126,15 +120,12 @@ class TextSiT(SiT):
         return super().forward_flops() + self.depth * cross + reader + embed
 
 
-# ---- The table
-
-
 def word_table(captions) -> torch.Tensor:
     """(captions, L) int64: 1, which begins a caption, then its words from 2 on, then zeros."""
     vocabulary = sorted({word for caption in captions for word in caption.split()})
     number = {word: i for i, word in enumerate(vocabulary, 2)}
     rows = [torch.tensor([1, *(number[word] for word in text.split())]) for text in captions]
-    return pad_sequence(rows, batch_first=True)
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def read_features(path, captions) -> tuple[torch.Tensor, str]:

@@ -75,21 +75,26 @@ def answers(judge, images) -> torch.Tensor:
     return torch.cat([torch.stack(part, dim=1) for part in found])
 
 
+def right(found, truths) -> torch.Tensor:
+    """(n,) bool: all that the caption says is there, and no second figure if it has one."""
+    return ((found == truths) | (truths < 0)).all(dim=1)
+
+
 def figures(found, truths) -> dict[str, float]:
-    """Shares of images: colour and shape, of each place of two; both figures, in any order; their
-    order, of those that have both; all that the caption says, of one figure or two."""
+    """Shares: colour and shape, of the places in images of two figures; both figures, in any order,
+    of these images; their order, of those that have both; all, of all images, is `right`."""
     both = truths[:, 0] == 1
-    right = found == truths
-    one = ~both & right[:, 0] & right[:, 1] & right[:, 2]
-    two = both & right.all(dim=1)
-    swapped = (found == truths[:, [0, 3, 4, 1, 2]]).all(dim=1) & both
-    present = (two | swapped).sum().item()
+    found_two, truths_two = found[both], truths[both]
+    same = (found_two == truths_two).double()
+    ordered = right(found_two, truths_two)
+    swapped = right(found_two, truths_two[:, [0, 3, 4, 1, 2]])
+    present = (ordered | swapped).sum().item()
     shares = {
-        "colour": right[both][:, [1, 3]].double().mean().item(),
-        "shape": right[both][:, [2, 4]].double().mean().item(),
-        "both figures": present / max(1, both.sum().item()),
-        "order": two.sum().item() / max(1, present),
-        "all": (one | two).double().mean().item(),
+        "colour": same[:, [1, 3]].mean().item(),
+        "shape": same[:, [2, 4]].mean().item(),
+        "both figures": present / max(1, len(same)),
+        "order": ordered.sum().item() / max(1, present),
+        "all": right(found, truths).double().mean().item(),
     }
     return {name: round(share, 4) for name, share in shares.items()}
 
