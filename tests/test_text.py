@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import models
 from build_teacher import guided_features, load_teacher
 from common import UserError
-from experiments.methods import text
+from experiments.methods import pladis, text
 from experiments.text import captions as drawn
 from experiments.text import compare, judge
 from train_stage1 import draw, make_batch
@@ -51,8 +51,21 @@ def layer_norm(vector, weight=1.0, bias=0.0, eps=1e-5):
     return centred / np.sqrt((centred**2).mean() + eps) * weight + bias
 
 
-def test_cross_attention_is_a_plain_loop_over_words():
-    """Image by image, token by token, head by head, over the words that are there alone."""
+def weights(scores, lam):
+    """softmax + lam (entmax15 - softmax) of a few numbers; entmax's threshold by bisection."""
+    softmax = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+    low, high = scores.max() / 2 - 1, scores.max() / 2  # of tau: the sum is >= 1, then 0
+    for _ in range(100):
+        tau = (low + high) / 2
+        above = (np.maximum(scores / 2 - tau, 0) ** 2).sum() > 1
+        low, high = (tau, high) if above else (low, tau)
+    return softmax + lam * (np.maximum(scores / 2 - low, 0) ** 2 - softmax)
+
+
+@pytest.mark.parametrize("lam", [0, 1, 2])
+def test_cross_attention_is_a_plain_loop_over_words(lam):
+    """Image by image, token by token, head by head, over the words that are there alone; also with
+    PLADIS's attention (arXiv 2503.07677)."""
     torch.manual_seed(1)
     width, heads, N, T, L = 12, 3, 4, 5, 6
     cross = text.CrossAttention(width, heads, qk_norm=True).double()
@@ -74,10 +87,12 @@ def test_cross_attention_is_a_plain_loop_over_words():
                 for word in caption[n, : lengths[n]].numpy():
                     k, v = np.split(w["kv.weight"] @ word + w["kv.bias"], 2)
                     key = layer_norm(k[part], w["k_norm.weight"], w["k_norm.bias"])
-                    scores.append(math.exp(query @ key / math.sqrt(width // heads)))
+                    scores.append(query @ key / math.sqrt(width // heads))
                     values.append(v[part])
-                mixed += [sum(a * v for a, v in zip(scores, values, strict=True)) / sum(scores)]
+                mixed.append(weights(np.array(scores), lam) @ np.array(values))
             expected[n, i] = w["proj.weight"] @ np.concatenate(mixed) + w["proj.bias"]
+    if lam:
+        pladis.install(cross, lam=lam)
     got = cross(x, caption, mask).detach().numpy()
     np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
 
