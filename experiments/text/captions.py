@@ -23,17 +23,17 @@ SHAPES = ["circle", "square", "triangle", "star", "cross", "heart"]
 COLOURS = dict(zip(["red", "orange", "green", "blue", "violet", "black"], INKS, strict=True))
 KINDS = [f"{colour} {shape}" for shape in SHAPES for colour in COLOURS]
 NEW_KINDS = {KINDS[7 * i] for i in range(6)}  # red circle, orange square, ..., black heart
-RELATIONS = "left of", "right of"
 
 
 def grammar() -> dict[str, tuple[str, ...]]:
     """{caption: what it shows, from left to right}, of every caption there is."""
-    shown = {f"a {kind}": (kind,) for kind in KINDS}
+    named = {kind: f"an {kind}" if kind.startswith("orange") else f"a {kind}" for kind in KINDS}
+    shown = {name: (kind,) for kind, name in named.items()}
     for first in KINDS:
         for second in KINDS:
             if first != second:
-                shown[f"a {first} left of a {second}"] = first, second
-                shown[f"a {first} right of a {second}"] = second, first
+                shown[f"{named[first]} left of {named[second]}"] = first, second
+                shown[f"{named[first]} right of {named[second]}"] = second, first
     return shown
 
 

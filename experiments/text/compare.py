@@ -8,6 +8,7 @@ All cells have the same captions and the same noise; Heun, 16 steps. Each adds a
 picture has red frames where the judge sees something else.
 """
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 import common
 import models
-from common import progress, setting
+from common import UserError, progress, setting
 from experiments.checkpoints.plot import new_figure
 from experiments.cifar10.frontier import append, named_checkpoints, read_figures
 from experiments.methods import pladis, text
@@ -56,6 +57,8 @@ class Painter:
     def __init__(self, path):
         self.network, saved = models.load_checkpoint(path, null_label_for="--scales")
         self.step, self.captions = saved["step"], saved["meta"]["classes"]
+        if self.captions != [*grammar()]:
+            raise UserError(f"{path}: has other captions than captions.py draws; train on those")
         self.vae = find_vae(None, saved["meta"])
 
     @torch.no_grad()
@@ -114,10 +117,8 @@ def draw(painters, judge, args):
         axis.set_ylabel(f"{name}, {painter.step:,} steps")
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-    words = [
-        captions[label].replace(" left", "\nleft").replace(" right", "\nright") for label in labels
-    ]
-    axes[0].set_xticks((np.arange(len(labels)) + 0.5) * side, words, fontsize=8)
+    lines = [re.sub(" (left|right) of ", r"\n\1 of\n", captions[label]) for label in labels]
+    axes[0].set_xticks((np.arange(len(labels)) + 0.5) * side, lines, fontsize=8)
     axes[0].xaxis.tick_top()
     return figure
 
