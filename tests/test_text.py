@@ -12,8 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
+import vae_latents
 from build_teacher import guided_features, load_teacher
 from common import UserError
+from experiments.latents import small_vae
 from experiments.methods import pladis, text
 from experiments.text import captions as drawn
 from experiments.text import compare, judge
@@ -389,3 +391,28 @@ def test_what_the_table_refuses(folder, tmp_path):
     assert (path / "meta.json").read_bytes() == before
     with pytest.raises(UserError, match="no table of captions"):
         call_text("stage1", *TRAIN, "--data", path, "--steps", 2, "--out", tmp_path / "run")
+
+
+def test_the_comparison_from_drawings_to_its_table(runs, tmp_path):
+    """Each cell once, lambda reaches the samples, a second run adds nothing, a picture is made."""
+    with pytest.raises(UserError, match="other captions"):
+        compare.Painter(runs / "stage2")
+    drawn.write(tmp_path / "images", 24, 32)
+    small = "--size 32 --factor 2 --steps 2 --device cpu".split()
+    call(small_vae, tmp_path / "images", *small, "--out", tmp_path / "vae.pt")
+    flags = ["--vae", tmp_path / "vae.pt", "--image-size", 32, "--device", "cpu"]
+    call(vae_latents, "--images", tmp_path / "images", *flags, "--out", tmp_path / "data")
+    call_text("table", tmp_path / "data", "--captions", tmp_path / "images/captions.json")
+    train = [*TRAIN, "--model", "SiT-P/8", "--data", tmp_path / "data", "--steps", 4]
+    call_text("stage1", *train, "--lr", 0.1, "--out", tmp_path / "run")
+    torch.save({"judge": judge.Judge().state_dict()}, tmp_path / "judge.pt")
+    given = ["--judge", tmp_path / "judge.pt", "--num", 4, "--scales", 1, "--lambdas", "0,2"]
+    given += ["--groups", "new pair", "--out", tmp_path / "table.jsonl"]
+    for more in [], ["--figure", tmp_path / "figure.png"]:
+        call(compare, f"some={tmp_path}/run", *given, *more)
+    lines = [json.loads(line) for line in (tmp_path / "table.jsonl").read_text().splitlines()]
+    assert [(line["cfg"], line["lambda"]) for line in lines] == [(1, 0), (1, 2)]
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+    painter, labels = compare.Painter(tmp_path / "run"), np.array([1, 2])
+    dense, sparse = (painter.paint(labels, 0, 1.0, strength) for strength in (0, 2))
+    assert not torch.equal(dense, sparse)
