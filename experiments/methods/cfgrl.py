@@ -1,0 +1,192 @@
+"""CFGRL (Frans et al. 2025, arXiv 2505.23458): guidance improves a policy, on the drawn figures.
+
+    python -m experiments.methods.cfgrl label data/shapes --out data/shapes-cfgrl
+    python -m experiments.methods.cfgrl train --data data/shapes-cfgrl --out out/cfgrl
+    python -m experiments.methods.cfgrl measure out/cfgrl --judge data/shapes/classifier.pt
+
+The paper: L = 1[A > 0] |v - v_theta(o = 1)|^2 + 0.1 |v - v_theta(null)|^2, and v_null + w (v_1 -
+v_null) samples a policy that is the better, the larger w is. Ours, and guessed: state = class,
+action = picture, reward = a number of the picture, A = reward - its class's mean. Of K classes,
+label k is class k without o, label K + k the same with o = 1. The weights are shares of the rows
+here: --label-drop of them are any picture without o, the others a better picture of the same class
+with o = 1. With half of the pictures better, 1 to 0.1 is a share of 1/6, the default.
+"""
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+import common
+import models
+import train_stage1
+from common import UserError, say, setting
+from experiments.checkpoints.plot import new_figure
+from experiments.cifar10 import frontier, judge
+from sample import grid
+from train_stage1 import TrainSettings
+from vae_latents import LatentFolder, find_vae
+
+PAPER = 48  # in grey levels: what differs from the paper by more, in any channel, is ink
+
+
+def rewards(images, kind) -> np.ndarray:
+    """(N,) of pictures (N, S, S, 3) uint8. The paper is the median of the frame. "size": the share
+    of ink; "saturation": the mean of 1 - min / max of the channels of the ink, 0 without ink."""
+    images = np.asarray(images, np.float64)
+    frame = [images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1]]
+    paper = np.median(np.concatenate(frame, axis=1), axis=1)[:, None, None]
+    ink = np.abs(images - paper).max(axis=3) > PAPER
+    if kind == "size":
+        return ink.mean(axis=(1, 2))
+    saturation = 1 - images.min(axis=3) / np.maximum(images.max(axis=3), 1)
+    return (saturation * ink).sum(axis=(1, 2)) / np.maximum(ink.sum(axis=(1, 2)), 1)
+
+
+@dataclass
+class LabelSettings:
+    data: str = setting("", positional=True)  # latent folder of the drawn figures
+    out: str = "data/shapes-cfgrl"  # latent folder to write
+    reward: str = setting("size", choices=["size", "saturation"])  # of a picture
+
+
+def label():
+    """The folder with labels (class, o); rewards.json has what the pictures earn."""
+    args = common.parse_settings(LabelSettings, __doc__)
+    folder, out = LatentFolder(args.data), Path(args.out)
+    if out.exists():
+        raise UserError(f"{out}: exists already; remove it, or choose another --out")
+    earned, y = rewards(judge.source_images(folder), args.reward), folder.labels.numpy()
+    names, ranks = folder.meta["classes"], [np.sort(earned[y == k]) for k in range(y.max() + 1)]
+    better = earned > np.array([rank.mean() for rank in ranks])[y]  # A > 0
+    tenth = [rank[-len(rank) // 10 :] for rank in ranks]  # the best of each class
+    known = {"reward": args.reward, "mean": np.mean([rank.mean() for rank in ranks])}
+    known.update(best_tenth=np.mean([t.mean() for t in tenth]), best=earned.max())
+    known["thresholds"] = [float(t[0]) for t in tenth]
+    shutil.copytree(args.data, out, ignore=shutil.ignore_patterns(".lock", "*.pt", "meta.json"))
+    np.save(out / "labels.npy", y + len(names) * better)
+    with common.atomic_write(out / "rewards.json") as file:
+        file.write(json.dumps(known).encode())
+    meta = {**json.loads((Path(args.data) / "meta.json").read_text())}
+    meta["classes"] = [*names, *(f"{name}, better" for name in names)]
+    with common.atomic_write(out / "meta.json") as file:  # last: now the folder is complete
+        file.write(json.dumps(meta).encode())
+    say(f"{out}: {better.mean():.1%} are better than their class; {json.dumps(known)}")
+
+
+# ---- Training: the loop's own, on another choice of rows
+
+
+def make_batch(folder, draws, of_loop=train_stage1.make_batch):
+    """Rows with drop: any picture, o is not told. The others: a better one of its class, o = 1."""
+    K, labels = len(folder.meta["classes"]) // 2, folder.labels
+    indices = draws.indices.clone()
+    for row in torch.nonzero(~draws.drop.cpu())[:, 0].tolist():
+        better = torch.nonzero(labels == K + labels[indices[row]] % K)[:, 0]
+        indices[row] = better[int(draws.u[row] * len(better))]  # u is in [0, 1)
+    batch = of_loop(folder, replace(draws, indices=indices))
+    return replace(batch, y_input=torch.where(draws.drop, batch.y % K, batch.y))
+
+
+@dataclass
+class Settings(TrainSettings):
+    data: str = "data/shapes-cfgrl"  # latent folder, from `label`
+    out: str = setting("out/cfgrl", change="free")  # folder of the run: checkpoints and log.jsonl
+    label_drop: float = setting(1 / 6, above=0, below=1)  # share of rows without o
+
+
+def train():
+    args = common.parse_settings(Settings, __doc__)
+    train_stage1.make_batch = make_batch
+    train_stage1.train(args)
+
+
+# ---- What w does
+
+
+class Policy(nn.Module):
+    """v_null + w (v_1 - v_null) for classes y; w = 0 is the data's policy, 1 that of o = 1."""
+
+    def __init__(self, model, w):
+        super().__init__()
+        self.model, self.w, self.num_classes = model, w, model.num_classes // 2
+        self.in_channels, self.input_size = model.in_channels, model.input_size
+
+    def forward(self, x, t, y):
+        v_null = self.model(x, t, y)[0]
+        return (v_null + self.w * (self.model(x, t, self.num_classes + y)[0] - v_null),)
+
+
+@dataclass
+class MeasureSettings:
+    ckpt: str = setting("out/cfgrl", positional=True)  # run, or a checkpoint
+    data: str = "data/shapes-cfgrl"  # latent folder, from `label`
+    judge: str = "data/shapes/classifier.pt"  # file of judge.py
+    scales: str = "0,1,1.5,2,3,4,6"  # w, with commas
+    mode: str = setting("heun", choices=["euler", "heun"])  # the sampler
+    steps: int = 8  # its steps
+    num: int = setting(800, at_least=2)  # samples, of all classes in turn
+    seed: int = setting(0, at_least=0)  # of the noise
+    out: str = "out/cfgrl.jsonl"  # file of the figures
+    figure: str = "out/cfgrl.png"  # picture of reward, class and distance against w
+
+
+def measure():
+    args = common.parse_settings(MeasureSettings, __doc__)
+    device, _, _ = common.setup()
+    model, saved = models.load_checkpoint(args.ckpt)
+    with common.reading(args.data, "is no folder of cfgrl.py label; make one"):
+        known = json.loads((Path(args.data) / "rewards.json").read_text())
+    vae, (cnn, facts) = find_vae(None, saved["meta"]).to(device), judge.load(args.judge)
+    lines, rows = [], []
+    for w in map(float, args.scales.split(",")):
+        policy = Policy(model.to(device), w)
+        y = torch.arange(args.num) % policy.num_classes
+        images = frontier.make_samples(policy, vae, y, 1, args, device)  # w is in the policy
+        earned = rewards(images, known["reward"])
+        line = {"w": w, "reward": earned.mean(), "error": earned.std() / len(earned) ** 0.5}
+        line["in_best_tenth"] = (earned >= np.array(known["thresholds"])[y]).mean()
+        line.update(judge.measure(cnn, facts, images, y))
+        lines.append({**line, "step": saved["step"], "num": args.num, "data": known})
+        rows.append(images[: policy.num_classes])
+        frontier.append(args.out, lines[-1])
+    with common.atomic_write(args.figure) as file:
+        draw(lines, grid(torch.cat(rows).numpy(), len(rows[0]))).savefig(file, format="png")
+
+
+def draw(lines, sheet):
+    """Reward against w beside the data's, class and distance against w, samples (a row each)."""
+    figure, known = new_figure(11, 3.6), lines[0]["data"]
+    axes, w = figure.subplots(1, 3), [line["w"] for line in lines]
+    axes[0].errorbar(w, [x["reward"] for x in lines], [x["error"] for x in lines], marker="o")
+    for name in ("mean", "best_tenth", "best"):
+        axes[0].axhline(known[name], ls=":", color="grey")
+        axes[0].annotate(f"the data's {name.replace('_', ' ')}", (w[-1], known[name]), ha="right")
+    axes[0].set(xlabel="w", ylabel=f"mean {known['reward']} of the ink")
+    axes[1].plot(w, [100 * x["agreement"] for x in lines], marker="o", color="C1")
+    axes[1].set(xlabel="w", ylabel="class asked for, % (orange)", ylim=(0, 102))
+    axes[1].twinx().plot(w, [x["FD-CNN"] for x in lines], "s--", color="C2")
+    axes[1].set_title("distance (green, right axis)", fontsize=9)
+    axes[2].imshow(sheet)
+    axes[2].set(xticks=[], ylabel="w", yticks=(np.arange(len(w)) + 0.5) * sheet.height / len(w))
+    axes[2].set_yticklabels([f"{x:g}" for x in w])
+    return figure
+
+
+VERBS = {"label": label, "train": train, "measure": measure}
+
+
+def main():
+    verb = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    if verb not in VERBS:
+        raise UserError(f"give one of {', '.join(VERBS)}, then its flags (--help lists them)")
+    VERBS[verb]()
+
+
+if __name__ == "__main__":
+    common.run(main)
