@@ -69,7 +69,8 @@ class SubsampledSiT(SiT):
     share = 1
 
     def forward(self, x, t, y, taps=(), salt=None):
-        few, tokens = self.training or salt is not None, self.pos_embed.shape[1]
+        few = self.share > 1 and (self.training or salt is not None)
+        tokens = self.pos_embed.shape[1]
         for depth, block in enumerate(self.blocks, 1):
             keys = random_keys(t, depth, tokens, self.share, salt or 0) if few else None
             block.attn.keys = keys
