@@ -58,11 +58,12 @@ class LabelSettings:
 def label():
     """A copy of the folder with labels (class, o); rewards.json says what its pictures earn."""
     args = common.parse_settings(LabelSettings, __doc__)
-    folder, out = LatentFolder(args.data), Path(args.out)
+    out = Path(args.out)
     if out.exists():
         raise UserError(f"{out}: exists already; remove it, or choose another --out")
-    earned, y = rewards(judge.source_images(folder), args.reward), folder.labels.numpy()
-    names = folder.meta["classes"]
+    folder = LatentFolder(args.data)
+    y, names = folder.labels.numpy(), folder.meta["classes"]
+    earned = rewards(judge.source_images(folder), args.reward)
     ranks = [np.sort(earned[y == k]) for k in range(len(names))]
     better = earned > np.array([rank.mean() for rank in ranks])[y]  # A > 0
     tenths = [rank[-len(rank) // 10 :] for rank in ranks]  # the best of each class
@@ -140,7 +141,8 @@ def measure():
     model, saved = models.load_checkpoint(args.ckpt)
     with common.reading(args.data, "is no folder of cfgrl.py label; make one"):
         known = json.loads((Path(args.data) / "rewards.json").read_text())
-    vae, (cnn, facts) = find_vae(None, saved["meta"]).to(device), judge.load(args.judge)
+    vae = find_vae(None, saved["meta"]).to(device)
+    cnn, facts = judge.load(args.judge)
     lines, rows = [], []
     for w in map(float, args.scales.split(",")):
         policy = Policy(model.to(device), w)
