@@ -336,7 +336,8 @@ def test_cfgrl_from_labels_to_its_figure(labelled, monkeypatch, tmp_path, capsys
     monkeypatch.setattr(judge, "measure", lambda *found: {"FD-CNN": 1.5, "agreement": 0.5})
     capsys.readouterr()
     flags = ["--data", data, "--scales", "0,2", "--num", 10, "--steps", 2]
-    call(cfgrl, "measure", run, *flags, "--out", tmp_path / "figure.png")
+    flags += ["--out", tmp_path / "figures.jsonl"]
+    call(cfgrl, "measure", run, *flags, "--figure", tmp_path / "figure.png")
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [json.loads(line)["w"] for line in printed] == [0, 2]
     assert Image.open(tmp_path / "figure.png").size == (1100, 320)

@@ -132,7 +132,8 @@ class MeasureSettings:
     steps: int = 8  # its steps
     num: int = setting(800, at_least=2)  # samples, of all classes in turn
     seed: int = setting(0, at_least=0)  # of the noise
-    out: str = "out/cfgrl.png"  # picture of the figures; they are printed as lines of JSON
+    out: str = "out/cfgrl.jsonl"  # file to append the figures to, a line for each w
+    figure: str | None = None  # picture of them to draw
 
 
 def measure():
@@ -152,9 +153,11 @@ def measure():
         line = {"w": w, "reward": earned.mean(), "error": earned.std() / len(earned) ** 0.5}
         lines.append({**line, **judge.measure(cnn, facts, images, y)})
         rows.append(images[: policy.num_classes])
-        say(json.dumps(lines[-1]))
-    with common.atomic_write(args.out) as file:
-        draw(lines, known, grid(torch.cat(rows).numpy(), len(rows[0]))).savefig(file, format="png")
+        frontier.append(args.out, lines[-1])
+    if args.figure:
+        sheet = grid(torch.cat(rows).numpy(), policy.num_classes)
+        with common.atomic_write(args.figure) as file:
+            draw(lines, known, sheet).savefig(file, format="png")
 
 
 def draw(lines, known, sheet):
