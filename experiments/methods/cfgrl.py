@@ -5,11 +5,12 @@
     python -m experiments.methods.cfgrl measure out/cfgrl --judge data/shapes/classifier.pt
 
 The paper: L = 1[A > 0] |v - v_theta(o = 1)|^2 + 0.1 |v - v_theta(null)|^2, and v_null + w (v_1 -
-v_null) samples a policy that is the better, the larger w is. Ours, and guessed: state = class,
-action = picture, reward = a number of the picture, A = reward - its class's mean. Of K classes,
-label k is class k without o, label K + k the same with o = 1. The weights are shares of the rows
-here: --label-drop of them are any picture without o, the others a better picture of the same class
-with o = 1. With half of the pictures better, 1 to 0.1 is a share of 1/6, the default.
+v_null) samples a policy that is the better, the larger w is. In its code A comes from a learned
+value, and both terms see the same action and noise. Ours, and guessed: state = class, action =
+picture, reward = a number of the picture, A = reward - the class's mean. Of K classes, label k is
+class k without o, label K + k the same with o = 1. The weights are shares of the rows here: of
+--label-drop any picture without o, of the others a better picture of the same class with o = 1.
+1 to 0.1, with half of the pictures better, is a share of 1/6, the default.
 """
 
 import json
