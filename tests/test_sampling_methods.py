@@ -222,6 +222,11 @@ def test_few_keys_in_a_continued_run(subsampled, tmp_path):
     assert logs[0] == logs[1] != logs[2]
 
 
+def test_another_checkpoint_is_refused(subsampled, checkpoints, tmp_path):
+    with pytest.raises(UserError, match=r"is none of information_pathways.py; make one"):
+        call(pathways, "measure", f"a={checkpoints['own']}", "--out", tmp_path / "figures.jsonl")
+
+
 def test_what_is_kept_for_the_backward_pass():
     """Written out: q, k and v, 768 bytes a token and head, and a matrix of T x keys."""
     qkv, keys = (
@@ -291,7 +296,7 @@ def test_rows_of_a_step(labelled):
     """With drop any picture and its class; else a better picture of that class, all alike often."""
     folder, args = labelled[1], cfgrl.Settings(batch_size=64, label_drop=0.5)
     counted, asked = torch.zeros(60), torch.zeros(60)
-    for step in range(150):
+    for step in range(60):
         draws = draw(step, args, folder, "cpu")
         batch = cfgrl.make_batch(folder, draws)
         known = folder.labels[batch.indices]

@@ -78,6 +78,8 @@ class SubsampledSiT(SiT):
 
 
 def build_for(args, meta, of_models=models.build_for):
+    if "share" not in args:
+        raise UserError("NAME=CHECKPOINT: is none of information_pathways.py; make one by `train`")
     model = of_models(args, meta)
     model.share = args["share"]
     return model
