@@ -190,6 +190,7 @@ def test_a_subsampled_pass_is_a_masked_dense_one(subsampled):
     model = pathways.SubsampledSiT(models.SIZES["Ti"], 4, 16, 4, 10, True).double()
     model.load_state_dict(plain.state_dict())
     x, y, t = double(3, 4, 16, 16), torch.tensor([1, 10, 4]), torch.tensor([0.2, 0.5, 0.9]).double()
+    assert torch.equal(model(x, t, y)[0], plain(x, t, y)[0])  # in training, a share of 1
     model.share = 4
     assert torch.equal(model.eval()(x, t, y)[0], plain(x, t, y)[0])  # at test: dense
     for salt, few in (None, model.train()), (3, model.eval()):
