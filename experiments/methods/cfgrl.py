@@ -5,11 +5,12 @@
     python -m experiments.methods.cfgrl measure out/cfgrl --judge data/shapes/classifier.pt
 
 The paper: L = 1[A > 0] |v - v_theta(o = 1)|^2 + 0.1 |v - v_theta(null)|^2, and v_null + w (v_1 -
-v_null) samples a policy that is the better, the larger w is. Ours, and guessed: state = class,
-action = picture, reward = a number of the picture, A = reward - its class's mean. Of K classes,
-label k is class k without o, label K + k the same with o = 1. The weights are shares of the rows
-here: --label-drop of them are any picture without o, the others a better picture of the same class
-with o = 1. With half of the pictures better, 1 to 0.1 is a share of 1/6, the default.
+v_null) samples a policy that is the better, the larger w is. In its code A comes from a learned
+value, and both terms see the same action and noise. Ours, and guessed: state = class, action =
+picture, reward = a number of the picture, A = reward - the class's mean. Of K classes, label k is
+class k without o, label K + k the same with o = 1. The weights are shares of the rows here: of
+--label-drop any picture without o, of the others a better picture of the same class with o = 1.
+1 to 0.1, with half of the pictures better, is a share of 1/6, the default.
 """
 
 import json
@@ -56,27 +57,27 @@ class LabelSettings:
 
 
 def label():
-    """The folder with labels (class, o); rewards.json has what the pictures earn."""
+    """A copy of the folder with labels (class, o); rewards.json says what its pictures earn."""
     args = common.parse_settings(LabelSettings, __doc__)
-    folder, out = LatentFolder(args.data), Path(args.out)
+    out = Path(args.out)
     if out.exists():
         raise UserError(f"{out}: exists already; remove it, or choose another --out")
-    earned, y = rewards(judge.source_images(folder), args.reward), folder.labels.numpy()
-    names, ranks = folder.meta["classes"], [np.sort(earned[y == k]) for k in range(y.max() + 1)]
+    folder = LatentFolder(args.data)
+    y, names = folder.labels.numpy(), folder.meta["classes"]
+    earned = rewards(judge.source_images(folder), args.reward)
+    ranks = [np.sort(earned[y == k]) for k in range(len(names))]
     better = earned > np.array([rank.mean() for rank in ranks])[y]  # A > 0
-    tenth = [rank[-len(rank) // 10 :] for rank in ranks]  # the best of each class
+    tenths = [rank[-len(rank) // 10 :] for rank in ranks]  # the best of each class
     known = {"reward": args.reward, "mean": np.mean([rank.mean() for rank in ranks])}
-    known.update(best_tenth=np.mean([t.mean() for t in tenth]), best=earned.max())
-    known["thresholds"] = [float(t[0]) for t in tenth]
+    known.update(best_tenth=np.mean([tenth.mean() for tenth in tenths]), better=better.mean())
     shutil.copytree(args.data, out, ignore=shutil.ignore_patterns(".lock", "*.pt", "meta.json"))
     np.save(out / "labels.npy", y + len(names) * better)
-    with common.atomic_write(out / "rewards.json") as file:
-        file.write(json.dumps(known).encode())
-    meta = {**json.loads((Path(args.data) / "meta.json").read_text())}
+    (out / "rewards.json").write_text(json.dumps(known))
+    meta = json.loads((Path(args.data) / "meta.json").read_text())
     meta["classes"] = [*names, *(f"{name}, better" for name in names)]
     with common.atomic_write(out / "meta.json") as file:  # last: now the folder is complete
         file.write(json.dumps(meta).encode())
-    say(f"{out}: {better.mean():.1%} are better than their class; {json.dumps(known)}")
+    say(f"{out}: {json.dumps(known)}")
 
 
 # ---- Training: the loop's own, on another choice of rows
@@ -132,8 +133,8 @@ class MeasureSettings:
     steps: int = 8  # its steps
     num: int = setting(800, at_least=2)  # samples, of all classes in turn
     seed: int = setting(0, at_least=0)  # of the noise
-    out: str = "out/cfgrl.jsonl"  # file of the figures
-    figure: str = "out/cfgrl.png"  # picture of reward, class and distance against w
+    out: str = "out/cfgrl.jsonl"  # file to append the figures to, a line for each w
+    figure: str | None = None  # picture of them to draw
 
 
 def measure():
@@ -142,7 +143,8 @@ def measure():
     model, saved = models.load_checkpoint(args.ckpt)
     with common.reading(args.data, "is no folder of cfgrl.py label; make one"):
         known = json.loads((Path(args.data) / "rewards.json").read_text())
-    vae, (cnn, facts) = find_vae(None, saved["meta"]).to(device), judge.load(args.judge)
+    vae = find_vae(None, saved["meta"]).to(device)
+    cnn, facts = judge.load(args.judge)
     lines, rows = [], []
     for w in map(float, args.scales.split(",")):
         policy = Policy(model.to(device), w)
@@ -150,31 +152,31 @@ def measure():
         images = frontier.make_samples(policy, vae, y, 1, args, device)  # w is in the policy
         earned = rewards(images, known["reward"])
         line = {"w": w, "reward": earned.mean(), "error": earned.std() / len(earned) ** 0.5}
-        line["in_best_tenth"] = (earned >= np.array(known["thresholds"])[y]).mean()
-        line.update(judge.measure(cnn, facts, images, y))
-        lines.append({**line, "step": saved["step"], "num": args.num, "data": known})
+        lines.append({**line, **judge.measure(cnn, facts, images, y)})
         rows.append(images[: policy.num_classes])
         frontier.append(args.out, lines[-1])
-    with common.atomic_write(args.figure) as file:
-        draw(lines, grid(torch.cat(rows).numpy(), len(rows[0]))).savefig(file, format="png")
+    if args.figure:
+        sheet = grid(torch.cat(rows).numpy(), policy.num_classes)
+        with common.atomic_write(args.figure) as file:
+            draw(lines, known, sheet).savefig(file, format="png")
 
 
-def draw(lines, sheet):
-    """Reward against w beside the data's, class and distance against w, samples (a row each)."""
-    figure, known = new_figure(11, 3.6), lines[0]["data"]
-    axes, w = figure.subplots(1, 3), [line["w"] for line in lines]
-    axes[0].errorbar(w, [x["reward"] for x in lines], [x["error"] for x in lines], marker="o")
-    for name in ("mean", "best_tenth", "best"):
-        axes[0].axhline(known[name], ls=":", color="grey")
-        axes[0].annotate(f"the data's {name.replace('_', ' ')}", (w[-1], known[name]), ha="right")
-    axes[0].set(xlabel="w", ylabel=f"mean {known['reward']} of the ink")
-    axes[1].plot(w, [100 * x["agreement"] for x in lines], marker="o", color="C1")
-    axes[1].set(xlabel="w", ylabel="class asked for, % (orange)", ylim=(0, 102))
-    axes[1].twinx().plot(w, [x["FD-CNN"] for x in lines], "s--", color="C2")
-    axes[1].set_title("distance (green, right axis)", fontsize=9)
-    axes[2].imshow(sheet)
-    axes[2].set(xticks=[], ylabel="w", yticks=(np.arange(len(w)) + 0.5) * sheet.height / len(w))
-    axes[2].set_yticklabels([f"{x:g}" for x in w])
+def draw(lines, known, sheet):
+    """Reward against w, beside the data's; class and distance; samples, a row for each w."""
+    figure, w = new_figure(11, 3.2), [line["w"] for line in lines]
+    left, middle, right = figure.subplots(1, 3)
+    left.errorbar(w, [line["reward"] for line in lines], [line["error"] for line in lines])
+    for name in ("mean", "best_tenth"):
+        left.axhline(known[name], ls=":", color="grey")
+        left.annotate(f"the data's {name.replace('_', ' ')}", (w[-1], known[name]), ha="right")
+    left.set(xlabel="w", ylabel=f"reward: {known['reward']} of the ink")
+    middle.plot(w, [100 * line["agreement"] for line in lines], label="class asked for, %")
+    middle.plot(w, [10 * line["FD-CNN"] for line in lines], label="10 x distance to all the data")
+    middle.set(xlabel="w", ylim=(0, None))
+    middle.legend(fontsize=8)
+    right.imshow(sheet)
+    right.set(xticks=[], yticks=(np.arange(len(w)) + 0.5) * sheet.height / len(w), ylabel="w")
+    right.set_yticklabels([f"{scale:g}" for scale in w])
     return figure
 
 

@@ -13,6 +13,7 @@ done: their combination with other guidance of attention (PAG, SEG).
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +77,7 @@ class Pladis(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is dense:  # torch has switched the mode off in here: no endless recursion
-            return attention(*args, **(kwargs or {}), **self.options)
+            function = partial(attention, **self.options)
         return function(*args, **(kwargs or {}))
 
 

@@ -57,7 +57,8 @@ def spread(lines) -> str:
     for judge in (key for key, value in lines[0].items() if isinstance(value, dict)):
         for key in ("distance", "class"):
             values = [line[judge][key] for line in lines]
-            far, sd = max(values) - min(values), statistics.stdev(values)
+            far = max(values) - min(values)
+            sd = statistics.stdev(values)
             words.append(
                 f"{judge} {key} {statistics.mean(values):.4g}, range {far:.3g}, sd {sd:.2g}"
             )
@@ -74,9 +75,10 @@ def main():
     for w in bench.scales:
         fair = []
         for name, (guide, same) in guides.items():
-            network, others = Guided(bench.network, guide, w), guide.state_dict().values()
+            network = Guided(bench.network, guide, w).to(bench.device)
+            others = guide.state_dict().values()
             how = {"student": args.student, "guide": name, "same_latents": same}
-            line = bench.measure(network.to(bench.device), w, others, cfg=1, **how)
+            line = bench.measure(network, w, others, cfg=1, **how)
             fair += [line] if same else []
         if len(fair) > 1:
             say(f"w = {w:g}, {len(fair)} guides of the same latents: {spread(fair)}")

@@ -35,7 +35,8 @@ class Bench:
         with common.reading("--scales", "needs numbers with commas, such as 1,1.5,2"):
             self.scales = [float(w) for w in args.scales.split(",")]
         self.judges = frontier.load_judges(args.judge, args.outside, self.device)
-        self.network, self.saved = models.load_checkpoint(ckpt, null_label_for="--scales")
+        guided = "--scales" if max(self.scales) > 1 else ""
+        self.network, self.saved = models.load_checkpoint(ckpt, null_label_for=guided)
         self.vae = find_vae(None, self.saved["meta"])
         size = self.network.input_size * self.vae.factor
         frontier.check_judges(self.judges, ckpt, size, self.network.num_classes)
