@@ -33,7 +33,7 @@ import models
 from common import UserError, say, setting
 from experiments.cifar10.frontier import append, read_figures
 from experiments.cifar10.report import compute, line, network, read_run, spread, worth
-from experiments.methods import ddae
+from experiments.methods import attention_separation, ddae
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = "--data {data} --batch-size {batch_size} --warmup {warmup} --ema {ema} --ema-ramp "
@@ -82,6 +82,22 @@ ROWS = {
         f"{METHODS}ddae train --align-weight 0 {TRAIN}",
         sample=f"{METHODS}ddae frontier",
         cost=ddae.extra_cost,
+    ),
+    "separated": Row(
+        "Attention Separation",
+        f"{METHODS}attention_separation {TRAIN}",
+        cost=attention_separation.extra_cost,
+    ),
+    "stage2-separated": Row(
+        "stage 2 and Attention Separation",
+        f"{METHODS}attention_separation {GUIDED}",
+        cost=attention_separation.extra_cost,
+        **NEEDS,
+    ),
+    "measured": Row(
+        "stage 2, released by measurement",
+        f"{METHODS}measured_release --release-over {{steps}} {GUIDED}",
+        **NEEDS,
     ),
     "repa": Row(
         "REPA, a CNN that saw the labels",
