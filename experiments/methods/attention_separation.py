@@ -17,9 +17,9 @@ With a teacher it is stage 2, too, which is by us: the teacher sees the whole im
 L_guide is the mean over the tokens that are at t.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -79,6 +79,14 @@ def separated(model, x_t, t, y, velocity, second, s, taps=()):
     return unpatchify(patches, model.patch, model.in_channels), tapped
 
 
+@dataclass
+class Losses:
+    """What LossNetwork.forward needs of its object: here with another forward of the network."""
+
+    model: Callable
+    losses: tuple
+
+
 class SeparatedNetwork(LossNetwork):
     """LossNetwork, but the network sees two times."""
 
@@ -89,7 +97,7 @@ class SeparatedNetwork(LossNetwork):
     def forward(self, x_t, t, y_input, velocity, targets):
         second, s = second_time(velocity, self.model.patch, self.share)
         network = partial(separated, self.model, velocity=velocity, second=second, s=s)
-        ours = SimpleNamespace(model=network, losses=self.losses)
+        ours = Losses(network, self.losses)
         return LossNetwork.forward(ours, x_t, t, y_input, velocity, targets)
 
 
