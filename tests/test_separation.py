@@ -29,7 +29,8 @@ def test_the_tokens_and_the_second_time_are_even_and_follow_nothing():
     assert (second.float().mean(dim=0) - 0.25).abs().max() < 0.035  # five deviations
     counts = torch.histc(s, 10, 0, 1)
     assert (counts - 400).abs().max() < 95 and 0 <= s.min() and s.max() < 1
-    signals = {"noise": velocity[:, 0, ::4, ::4].flatten(1), "s": s[:, None].expand(-1, 16)}
+    noise = velocity[:, 0, ::4, ::4].flatten(1)
+    signals = {"noise": noise, "part": noise % 1, "s": s[:, None].expand(-1, 16)}
     for name, signal in signals.items():
         both = torch.stack([signal.flatten(), second.float().flatten()])
         assert both.corrcoef()[0, 1].abs() < 0.02, name

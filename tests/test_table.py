@@ -16,14 +16,18 @@ import common
 import models
 import train_stage1
 from common import UserError
-from experiments.cifar10 import report
+from experiments.cifar10 import frontier, report
 from experiments.methods import (
     attention_separation,
     ddae,
+    internal_guidance,
+    internal_sampled,
     measured_release,
     stage2_internal,
     table,
 )
+from sample import initial_noise, sample
+from vae_latents import find_vae, to_images
 
 JUDGES = ("cnn-judge", "outside-160")
 
@@ -99,7 +103,7 @@ def test_run_trains_and_then_judges_each_checkpoint(tmp_path, monkeypatch):
     def pretended(command, **kwargs):
         if command[1] == "-m":
             ran.append(" ".join(map(str, command[2:])))
-        if command[2].startswith("train_stage1"):
+        if command[2] == "train_stage1":
             write_run(tmp_path, "vanilla-3", (10, 20, 30, 40), 0.0)
         return SimpleNamespace(returncode=0, stdout="abc\n")
 
@@ -140,12 +144,53 @@ def test_every_row_is_a_module_whose_flags_are_right(tmp_path, monkeypatch, caps
             assert "flags" not in str(error.value)
 
 
+def test_the_page_gets_the_tables_between_its_marks(out, capsys):
+    page = out / "page.md"
+    page.write_text("before\n<!-- table show: begin -->\nold\n<!-- table show: end -->\nafter\n")
+    for _ in range(2):  # the second time in place of the first
+        call(table, "show", "--out", out, "--page", page)
+    head, text, tail = re.split("<!-- table show: (?:begin|end) -->\n", page.read_text())
+    assert (head, tail) == ("before\n", "after\n")
+    assert text.strip() in capsys.readouterr().out
+    page.write_text("no marks")
+    with pytest.raises(UserError, match="no place for a table"):
+        call(table, "show", "--out", out, "--page", page)
+    assert page.read_text() == "no marks"
+
+
+def test_internal_guidance_is_sampled_by_its_own(latents, tmp_path, monkeypatch):
+    """At w = 1 as frontier samples; at w = 99 by head + 99 (v - head), without CFG."""
+    run, seen = tmp_path / "internal", []
+    call(internal_guidance, *TRAIN, "--data", latents, "--steps", 4, "--out", run)
+
+    def judges(*args):
+        known = frontier.Judge(lambda images, y: seen.append(images) or {}, "x", 32, 8)
+        return {"a judge": known}
+
+    monkeypatch.setattr(frontier, "load_judges", judges)
+    flags = [f"internal-1={run}", "--num", 8, "--steps", 2, "--mode", "euler", "--device", "cpu"]
+    call(frontier, *flags, "--scales", 1, "--out", tmp_path / "cfg.jsonl")
+    call(internal_sampled, *flags, "--scales", "1,99", "--out", tmp_path / "own.jsonl")
+    assert models.load_checkpoint is internal_sampled.load_checkpoint  # it was given back
+    plain, own, guided = seen
+    assert torch.equal(plain, own)
+    model, saved = models.load_checkpoint(run)
+    network = internal_guidance.InternalGuidance(model, saved)
+    network.w = 99.0
+    noise, _ = initial_noise(0, range(8), (4, 16, 16))
+    x0 = sample(network, noise, torch.arange(8), 8, 2, "euler", 1.0)
+    vae = find_vae(None, saved["meta"]).to(memory_format=torch.channels_last)
+    wanted = torch.from_numpy(to_images(vae, x0))
+    assert (guided.int() - wanted.int()).abs().max() <= 1  # in batches of other sizes
+    assert (guided.int() - plain.int()).abs().max() > 1
+
+
 def test_the_compute_of_several_losses_is_what_torch_counts(tmp_path):
     """Stage 2 with a head, with measured release, and separated attention, counted as they run."""
     data, runs = write_folder(tmp_path / "data"), tmp_path / "runs"
 
     def counted(script, name, *flags):
-        train = [*TRAIN, "--model", "SiT-P/2", "--projector-dim", 256, "--data", data]
+        train = [*TRAIN, "--model", "SiT-P/8", "--projector-dim", 256, "--data", data]
         with FlopCounterMode(display=False) as counter:
             call(script, *train, "--out", runs / name, *flags)
         return counter.get_total_flops()
@@ -156,17 +201,17 @@ def test_the_compute_of_several_losses_is_what_torch_counts(tmp_path):
     guided = ["--teacher", runs / "teacher/teacher.pt", "--t-min", 0, "--t-max", 1, "--steps", 4]
     both = counted(stage2_internal, "both", *guided, "--guide-steps", 2)
     wanted = (teacher + both) / vanilla_step
-    assert report.compute(runs / "both", 4, "SiT-P/2") == pytest.approx(wanted, rel=0.02)
+    assert report.compute(runs / "both", 4, "SiT-P/8") == pytest.approx(wanted, rel=0.02)
     release = ["--release-over", 20, "--release-below", 1, "--log-every", 1]
     measured = counted(measured_release, "measured", *guided, *release, "--steps", 6)
     wanted = (teacher + measured) / vanilla_step
-    assert report.compute(runs / "measured", 6, "SiT-P/2") == pytest.approx(wanted, rel=0.02)
-    model = build("SiT-P/2", 16, 4, 10)
+    assert report.compute(runs / "measured", 6, "SiT-P/8") == pytest.approx(wanted, rel=0.02)
+    model = build("SiT-P/8", 16, 4, 10)
     own = counted(attention_separation, "separated", "--steps", 2) / 2 / vanilla_step
     assert 1 + attention_separation.extra_cost(model) == pytest.approx(own, rel=0.01)
-    assert report.compute(runs / "separated", 2, "SiT-P/2") == pytest.approx(2)
-    size, _ = models.parse_name("SiT-P/2")
-    ours = ddae.SelfConditioned(size, 2, 16, 4, 10, True)
+    assert report.compute(runs / "separated", 2, "SiT-P/8") == pytest.approx(2)
+    size, _ = models.parse_name("SiT-P/8")
+    ours = ddae.SelfConditioned(size, 8, 16, 4, 10, True)
     networks, inputs = (ours, model), (torch.zeros(1, 4, 16, 16), torch.zeros(1), torch.tensor([0]))
     flops = []
     for network in networks:

@@ -55,8 +55,7 @@ def attend(attention, x, allowed):
 def separated(model, x_t, t, y, velocity, second, s, taps=()):
     """What models.SiT.forward returns, of tokens at t, and at s where `second` (N, T)."""
     side = model.input_size // model.patch
-    place = second.view(-1, 1, side, side).repeat_interleave(model.patch, 2)
-    place = place.repeat_interleave(model.patch, 3)  # (N, 1, H, W)
+    place = F.interpolate(second.view(-1, 1, side, side).float(), scale_factor=model.patch)
     x = x_t + place * (s - t).view(-1, 1, 1, 1) * velocity  # (1 - s) x0 + s eps
     h = model.x_embedder["proj"](x).flatten(2).transpose(1, 2) + model.pos_embed
     label = model.y_embedder["embedding_table"](y)

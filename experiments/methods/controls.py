@@ -38,8 +38,7 @@ class Settings(train_stage2.Settings):
 
 def wrong_labels(y, u, classes):
     """Labels (n,) that are not y (n,), even among the others, from uniform numbers u (n,)."""
-    others = (u * (classes - 1)).long().clamp(max=classes - 2)  # u * 9 can round up to 9
-    return (y + 1 + others) % classes
+    return (y + 1 + (u * (classes - 1)).long()) % classes
 
 
 def next_of_class(y):

@@ -11,6 +11,7 @@ judgement of the paper. It is a network of one's own on the loop: build_for make
 """
 
 import sys
+from unittest import mock
 
 import torch.nn as nn
 import torch.nn.functional as F
@@ -51,8 +52,8 @@ def main():
     verbs = {"train": train_stage1, "sample": sample, "frontier": frontier}
     if verb not in verbs:
         raise common.UserError("ddae.py: give `train`, `sample` or `frontier`, then its flags")
-    models.SiT = SelfConditioned
-    verbs[verb].main()
+    with mock.patch.object(models, "SiT", SelfConditioned):
+        verbs[verb].main()
 
 
 if __name__ == "__main__":

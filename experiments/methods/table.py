@@ -6,7 +6,7 @@
 `run ROW` trains a row of ROWS, makes samples of its checkpoints, and has both judges look at them;
 a killed one goes on where it was. Rows that need a teacher need the row `teacher` before, or
 --teacher FILE; `repa` needs the row `features`. `show` prints two tables in Markdown of what is
-there.
+there, and with --page docs/methods.md it puts them into that page.
 
 Total compute is in training steps of the vanilla network and has everything in it: projectors,
 teachers, what a teacher or an encoder cost before (experiments/cifar10/report.py). "Guided" is at
@@ -47,6 +47,7 @@ BUILD += "--out {out}/teacher"
 GUIDED = "--teacher {teacher} --guide-steps 1000000000 " + TRAIN
 AS_RELEASED = "--t-min 0 --t-max 1 --guide-weight 0.15 "
 FRONTIER = "experiments.cifar10.frontier"
+MARKS = ("<!-- table show: begin -->", "<!-- table show: end -->")  # in docs/methods.md
 
 
 @dataclass
@@ -59,6 +60,7 @@ class Row:
     sample: str = FRONTIER  # the command that makes samples and judges them
     cost: Callable = lambda model: 0.0  # of what is no loss, as a share of a training step
     then: str = ""  # a command after the training, once; such a row only helps others
+    of: str = ""  # the row whose network it samples in another way
 
 
 METHODS = "experiments.methods."
@@ -72,6 +74,12 @@ ROWS = {
     "stage2": Row("stage 2, as described", f"train_stage2 {GUIDED}", **NEEDS),
     "stage2-released": Row("stage 2, as released", f"train_stage2 {AS_RELEASED}{GUIDED}", **NEEDS),
     "internal": Row("Internal Guidance, by CFG", f"{METHODS}internal_guidance {TRAIN}"),
+    "internal-own": Row(
+        "Internal Guidance, by its own",
+        f"{METHODS}internal_guidance {TRAIN}",
+        sample=f"{METHODS}internal_sampled",
+        of="internal",
+    ),
     "stage2-internal": Row(
         "stage 2 and Internal Guidance", f"{METHODS}stage2_internal {GUIDED}", **NEEDS
     ),
@@ -129,6 +137,7 @@ class Settings:
     outside: str = "out/outside.pt"  # files of outside.py, with commas
     device: str = "auto"  # cpu, cuda or cuda:N; auto is cuda where there is one
     compile: bool = False  # torch.compile the networks
+    page: str | None = None  # `show` writes its tables into this page, too, between its marks
 
 
 # ---- Running a row
@@ -136,14 +145,15 @@ class Settings:
 
 def words(command, args) -> list[str]:
     """A command of ROWS with the settings filled in."""
-    known = {**asdict(args), "run": run_of(args), "compile": "--compile" if args.compile else ""}
+    known = {**asdict(args), "compile": "--compile" if args.compile else ""}
+    known["run"] = run_of(args, args.row, args.seed)
     known["teacher"] = args.teacher or f"{args.out}/teacher/teacher.pt"
     filled = [word.format(**known) for word in command.split()]
     return [word for word in filled if word]
 
 
-def run_of(args) -> Path:
-    return Path(args.out) / f"{args.row}-{args.seed}"
+def run_of(args, row, seed) -> Path:
+    return Path(args.out) / f"{ROWS[row].of or row}-{seed}"
 
 
 def python(command):
@@ -169,20 +179,21 @@ def run_row(args):
         remedy = f"run the row {row.made_by} first"
         raise UserError(f"{words(row.needs, args)[0]}: is not there; {remedy}")
     args.steps *= row.longer
-    before, start = os.times(), newest_step(run_of(args))
+    run = run_of(args, args.row, args.seed)
+    before, start = os.times(), newest_step(run)
     if row.train:
         python(words(row.train, args))
     if row.then:
         python(words(row.then, args))
         return
-    after, end = os.times(), newest_step(run_of(args))
+    after, end = os.times(), newest_step(run)
     if end > start:
         user, system = after.children_user - before.children_user, after.children_system
         seconds = user + system - before.children_system
-        about = {"row": args.row, "seed": args.seed, "steps": end - start}
+        about = {"row": row.of or args.row, "seed": args.seed, "steps": end - start}
         about.update(cpu_seconds=round(seconds, 1), commit=commit())
         append(f"{args.out}/runs.jsonl", about)
-    for path in reversed(models.checkpoints(run_of(args))):
+    for path in reversed(models.checkpoints(run)):
         step = int(path.stem[5:])
         guided = step % (args.steps // row.longer) == 0  # those that the guided columns show
         scales = args.scales if guided else "1"
@@ -211,7 +222,7 @@ def total_compute(args, row, step, seeds) -> float:
     """In steps of the vanilla network, mean over the seeds."""
     totals = []
     for seed in seeds:
-        run = Path(args.out) / f"{row}-{seed}"
+        run = run_of(args, row, seed)
         own, meta, _ = read_run(run)
         totals.append(
             compute(run, step, own.model) + step * ROWS[row].cost(network(own.model, meta))
@@ -236,7 +247,8 @@ def cell(figures: list, judge) -> str:
 
 def work(args, row, step, seeds) -> list[str]:
     """Minutes of a core, and the commits, of training a row to this step."""
-    known = [about for about in read_figures(f"{args.out}/runs.jsonl") if about["row"] == row]
+    name = ROWS[row].of or row
+    known = [about for about in read_figures(f"{args.out}/runs.jsonl") if about["row"] == name]
     known = [about for about in known if about["seed"] in seeds]
     if not known:
         return ["", ""]
@@ -299,6 +311,17 @@ def costs_to_target(args, found) -> list[str]:
     return lines
 
 
+def write_into(page, text):
+    """Put `text` between the two marks of a page, in place of what is there."""
+    old = Path(page).read_text()
+    begin, end = MARKS
+    if not -1 < old.find(begin) < old.find(end):
+        raise UserError(f"{page}: has no place for a table; write {begin} and {end} in lines there")
+    head, tail = old[: old.index(begin)], old[old.index(end) :]
+    with common.atomic_write(page) as file:
+        file.write(f"{head}{begin}\n\n{text}\n\n{tail}".encode())
+
+
 def main():
     verb = sys.argv.pop(1) if len(sys.argv) > 1 else ""
     if verb not in ("run", "show"):
@@ -310,8 +333,11 @@ def main():
         run_row(args)
     else:
         found = gather(args)
-        for text in (*comparison(args, found), "", *costs_to_target(args, found)):
+        lines = [*comparison(args, found), "", *costs_to_target(args, found)]
+        for text in lines:
             say(text)
+        if args.page:
+            write_into(args.page, "\n".join(lines))
 
 
 if __name__ == "__main__":
