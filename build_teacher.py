@@ -54,7 +54,7 @@ def main():
     out = Path(args.out) / "teacher.pt"
     if out.exists():
         raise UserError(f"{out}: exists already; remove it, or choose another --out")
-    model, saved = models.load_checkpoint(args.ckpt, "any", null_label_for="f_u")
+    model, saved = models.load_checkpoint(args.ckpt, "raw", null_label_for="f_u")
     name, step = saved["args"]["model"], saved["step"]
     if "model" not in saved:  # the raw weights, with which the paper teaches
         say(f"{args.ckpt}: holds an average alone, which teaches in place of the raw weights")
@@ -64,15 +64,14 @@ def main():
     student = {**saved["args"], "model": args.student or name}
     ratio = model.forward_flops() / models.build_for(student, saved["meta"]).forward_flops()
     more = 2 / 3 * ratio * depth / model.depth  # f_c and f_u; a training step is three passes
-    in_range = (models.q_of(0.7) - models.q_of(0.4)) * more
-    say(f"cost: training it took as much as {ratio * step:.0f} steps of {student['model']} (P1 not")
-    say(f"counted); it makes a guided step {in_range:.1%} dearer (all t: {more:.1%})")
+    dearer = f"{(models.q_of(0.7) - models.q_of(0.4)) * more:.1%} (all t: {more:.1%})"
+    took = f"as much as {ratio * step:.0f} steps of {student['model']} (P1 not counted)"
+    say(f"cost: training it took {took}; it makes a guided step dearer by {dearer}")
     content = {key: saved[key] for key in ("format", "args", "meta", "step")}
     content.update(depth=depth, scale=args.guide_scale, teacher=model.cut(depth).state_dict())
     with common.atomic_write(out) as file:
         torch.save(content, file)
-    weight = saved["args"].get("align_weight", "unknown")  # of 0: the features are not aligned
-    run = f"{name}, step {step}, --align-weight {weight}"
+    run = f"{name}, step {step}, --align-weight {saved['args'].get('align_weight', 'unknown')}"
     say(f"{out}: blocks 1 to {depth} of {run}; s = {args.guide_scale:g}")
 
 

@@ -5,7 +5,6 @@ import contextlib
 import fcntl
 import hashlib
 import inspect
-import math
 import os
 import re
 import sys
@@ -19,6 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
+IS_FIRST = os.environ.get("RANK") == "0" or not all(name in os.environ for name in TORCHRUN)
 
 # ---- Settings: a dataclass. Each field is a flag, and the comment behind it is its --help
 RULES = {"at_least": ge, "above": gt, "below": lt, "at_most": le}  # what a number can be held to
@@ -39,7 +41,7 @@ def parse_settings(Settings: type, doc: str):
     parser.error = refuse
     for f in fields(Settings):
         default = "" if f.default in (None, "") else f" (default: {f.default})"
-        help = (f.metadata.get("help", comments.get(f.name, "")) + default).replace("%", "%%")
+        help = (comments.get(f.name, "") + default).replace("%", "%%")
         kind = getattr(f.type, "__args__", (f.type,))[0]  # `int | None` is an int
         options = {"type": kind, "choices": f.metadata.get("choices")}
         if kind is bool:
@@ -51,12 +53,11 @@ def parse_settings(Settings: type, doc: str):
     settings = Settings(**vars(parser.parse_args()))
     for f in fields(Settings):
         value, broken = getattr(settings, f.name), ""
-        whole = {"at_least": 1} if type(value) is int else {}  # whole numbers count something
-        for rule, limit in {**whole, **f.metadata}.items():
+        # Whole numbers count something; no number is infinite, or NaN
+        always = {int: {"at_least": 1}, float: {"below": float("inf")}}.get(type(value), {})
+        for rule, limit in {**always, **f.metadata}.items():
             if rule in RULES and value is not None and not RULES[rule](value, limit):
                 broken = f"{rule.replace('_', ' ')} {limit}"
-        if isinstance(value, float) and not math.isfinite(value):
-            broken = "a finite number"
         if broken or (value == "" and f.default != ""):
             refuse(f"{flag(f.name)} {value}".rstrip() + f": must be {broken or 'a word'}")
     return settings
@@ -76,11 +77,6 @@ class UserError(Exception):
 
 def run(main):
     """Call main(). A UserError or OSError is one line and status 2, Ctrl-C status 130."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # a daemon has closed it
-        with contextlib.suppress(AttributeError):  # in a notebook
-            stream.reconfigure(errors="backslashreplace")  # for characters the terminal lacks
-        setattr(sys, name, stream)
     status = 0
     try:
         main()
@@ -109,11 +105,13 @@ def run(main):
 
 
 def say(text, stream=None, rank_0_alone=True):
-    """Print one line. Unprintable characters are escaped: a file name may hold any of them."""
-    if rank_0_alone and not IS_FIRST:
+    """Print one line. What the terminal cannot show is escaped: a file name may hold any of it."""
+    stream = stream or sys.stdout  # or None: a daemon has closed it
+    if stream is None or (rank_0_alone and not IS_FIRST):
         return
+    coding = getattr(stream, "encoding", None) or "utf-8"
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    stream = stream or sys.stdout
+    line = line.encode(coding, "backslashreplace").decode(coding)
     try:
         print(line, file=stream, flush=True)
     except OSError:  # a closed pipe or a full disk does not stop a run: print no more
@@ -188,10 +186,6 @@ def lock(folder):
     return file
 
 
-TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
-IS_FIRST = os.environ.get("RANK") == "0" or not all(name in os.environ for name in TORCHRUN)
-
-
 def setup(device="auto") -> tuple[torch.device, int, int]:
     """(device, rank, world size), after joining torchrun's processes if there are any."""
     if device == "auto":
@@ -207,7 +201,7 @@ def setup(device="auto") -> tuple[torch.device, int, int]:
     found = [f"{name}={os.environ[name]}" for name in TORCHRUN if name in os.environ]
     if len(found) < len(TORCHRUN):
         if found:
-            warn(f"{' '.join(found)} without the rest of {TORCHRUN}: one process alone")
+            warn(f"{' '.join(found)}: the rest of {TORCHRUN} is not set; this process runs alone")
         elif "SLURM_PROCID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
             warn("Slurm's tasks do not know of each other; start them with torchrun (README.md)")
         return torch.device(device), 0, 1

@@ -12,7 +12,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError, load_file, reading
+from common import UserError, load_file, reading, warn
+
+FORMAT = 2  # of checkpoints and of teacher.pt
 
 # Depth, width D, heads (DiT, table 1). Then blocks, counted from 1: d1, which stage 1 aligns; dt,
 # which teaches; ds, which learns in stage 2. B's and XL's d1 are the authors', the others ours.
@@ -28,9 +30,7 @@ SIZES = {  # depth, width, heads, d1, dt, ds
     "XL": Size(28, 1152, 16, 8, 19, 14),
 }
 
-
-# t = t_of(q), where q is uniform in [0, 1], and q = q_of(t). For another distribution of t assign
-# functions of your own: models.t_of, models.q_of = ...
+# t = t_of(q) of a uniform q, and q = q_of(t); for another distribution assign two functions here
 t_of = q_of = nn.Identity()
 
 
@@ -38,8 +38,8 @@ def parse_name(name: str) -> tuple[Size, int]:
     """The Size and the patch side that a name such as "SiT-B/2" stands for."""
     size, _, patch = name.removeprefix("SiT-").partition("/")
     if size not in SIZES or patch not in ("1", "2", "4", "8"):
-        known = f"SIZE is one of {', '.join(SIZES)}, PATCH is 1, 2, 4 or 8"
-        raise UserError(f"--model {name}: must be SiT-SIZE/PATCH, such as SiT-XL/2; {known}")
+        known = f"{', '.join(SIZES)} with patches of 1, 2, 4 or 8"
+        raise UserError(f"--model {name}: must be a name such as SiT-XL/2; there are {known}")
     return SIZES[size], int(patch)
 
 
@@ -200,11 +200,7 @@ class SiT(nn.Module):
         T, D = (self.input_size // self.patch) ** 2, self.width
         block = 24 * T * D * D + 4 * T * T * D + 12 * D * D  # qkv, proj, MLP; attention; adaLN
         patches = 4 * T * D * self.patch**2 * self.in_channels  # the first layer and the last
-        conditions = 2 * (256 * D + D * D) + 4 * D * D  # time embedding; the last layer's adaLN
-        return self.depth * block + patches + conditions
-
-
-FORMAT = 2  # of checkpoints and of teacher.pt
+        return self.depth * block + patches + 512 * D + 6 * D * D  # time embedding, last adaLN
 
 
 def build_for(args: dict, meta: dict) -> SiT:
@@ -231,20 +227,30 @@ def read_checkpoint(path) -> dict:
     return saved
 
 
+def check_classes(subject, theirs: list[str], ours: list[str]):
+    """UserError if a label means another class: another number of them, or in another order."""
+    seen = f"{len(theirs)} classes, {theirs[:3]} first; here are {len(ours)}, {ours[:3]} first"
+    if len(theirs) != len(ours) or (theirs != ours and sorted(theirs) == sorted(ours)):
+        raise UserError(f"{subject}: has {seen}; use the same classes in the same order")
+    if theirs != ours:
+        warn(f"{subject}: has {seen}; labels are taken to mean the same")
+
+
 def load_checkpoint(path, weights="ema", null_label_for="") -> tuple[SiT, dict]:
-    """(The SiT in eval mode on the CPU, the checkpoint), of a file or of a run's newest one."""
+    """(The SiT in eval mode on the CPU, the checkpoint), of a file or of a run's newest one.
+    weights: "ema", "model", "raw" (ema if it is alone), "best" (model if ema is untrained)."""
     if Path(path).is_dir():
         path = next(iter(checkpoints(path)), Path(path) / "ckpt-*.pt")
     saved = read_checkpoint(path)
     alone = "model" if "model" in saved else "ema"
-    weights = alone if weights == "any" else weights  # "any": an average if it is alone
     with reading(path, f"holds no {weights} network; try --weights model or ema"):
         args, model = saved["args"], build_for(saved["args"], saved["meta"])
-        model.load_state_dict(saved[weights])
         initial = 0.0 if args["ema_ramp"] else args["ema"] ** saved["step"]
-    if weights == "ema" and initial > 0.1:  # the share of the initial weights in the average
-        remedy = "use --weights model" if alone == "model" else "take a later checkpoint"
-        raise UserError(f"{path}: its average is {initial:.0%} untrained; {remedy}")
+        if weights in ("raw", "best"):
+            weights = "ema" if weights == "best" and "ema" in saved and initial < 0.1 else alone
+        model.load_state_dict(saved[weights])
+    if weights == "ema" and initial >= 0.1:  # the share of the initial weights in the average
+        raise UserError(f"{path}: averages {initial:.0%} untrained weights; try --weights model")
     if null_label_for and args["label_drop"] == 0:
         raise UserError(f"{path}: {null_label_for} needs a null label; --label-drop 0 trained none")
     return model.eval(), saved

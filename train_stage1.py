@@ -1,8 +1,7 @@
-"""Stage 1, and THE training loop, which stage 2 and every other method run on, too.
+"""Stage 1, and THE training loop, which stage 2 and every other method run on, too. In this order:
+settings, draws, losses, loop, state, log; last, stage 1 itself (arXiv 2601.07773).
 
     torchrun --nproc_per_node=8 train_stage1.py                 # SiT-XL/2, the paper's settings
-
-In this order: settings, draws, losses, loop, state, log; last, stage 1 itself (arXiv 2601.07773).
 
 Training is a function of the step: (seed, epoch) decides the order of the images, (seed, k) all
 that is random in step k, for the whole batch, of which each process takes its rows. So the same
@@ -26,11 +25,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.optim import AdamW
 
 import common
 import models
-from common import UserError, say, setting, warn
+from common import UserError, fingerprint, say, setting, warn
 from models import unpatchify, xavier_linear
 from vae_latents import LatentFolder
 
@@ -59,6 +57,8 @@ class TrainSettings:
     log_every: int = setting(100, change="free")  # steps between lines of the log
     save_every: int = setting(10_000, change="free")  # steps between checkpoints
     keep: int = setting(3, change="free")  # newest checkpoints to keep; the last one continues
+    snapshots: int | None = setting(None, change="free")  # steps between averages, all kept
+    init: str | None = None  # start from this checkpoint's average or weights, not at random
 
 
 @functools.lru_cache(maxsize=2)
@@ -84,8 +84,7 @@ class Batch:
     velocity: torch.Tensor = None  # (n, C, H, W), eps - x0, what the network predicts
 
     def __getitem__(self, rows):
-        known = {name: value for name, value in vars(self).items() if value is not None}
-        return Batch(**{name: value[rows] for name, value in known.items()})
+        return Batch(**{name: x[rows] for name, x in vars(self).items() if x is not None})
 
 
 def draw(step, args, folder, device) -> Batch:
@@ -142,8 +141,7 @@ class Projector(nn.Module):
     def forward(self, tokens):
         if self.to_latent is None:
             return self.mlp(tokens)
-        patch, channels = self.to_latent
-        return unpatchify(self.mlp(tokens), patch, channels)
+        return unpatchify(self.mlp(tokens), self.to_latent[0], self.to_latent[1])
 
 
 class Auxiliary:
@@ -189,8 +187,7 @@ class LossNetwork(nn.Module):
         """[L_diff, L_aux of each loss], means over n images; a target of None: it has ended."""
         taps = [loss.depth for loss in self.losses if loss.module]
         prediction, tokens = self.model(x_t, t, y_input, taps=taps)
-        error = (prediction.float() - velocity).square()
-        loss_diff = error.flatten(1).mean(dim=1).mean()
+        loss_diff = (prediction.float() - velocity).square().flatten(1).mean(dim=1).mean()
         values = [loss_diff] + [torch.zeros_like(loss_diff) for _ in targets]
         for i, (loss, target) in enumerate(zip(self.losses, targets, strict=True), 1):
             if target is None:
@@ -199,7 +196,7 @@ class LossNetwork(nn.Module):
             answer = loss.module(tokens[loss.depth][loss.rows]).float()
             distance = loss.distance(answer, target)
             if (answer.shape, distance.shape) != (target.shape, times.shape):
-                shapes = f"{[*answer.shape]}, {[*target.shape]} and {[*distance.shape]}"
+                shapes = [*answer.shape], [*target.shape], [*distance.shape]
                 raise UserError(f"loss {loss.name}: answer, target, distance do not fit: {shapes}")
             mask = ((times >= loss.t_min) & (times <= loss.t_max)).float()
             values[i] = (distance * mask).sum() / len(x_t)  # over all n: zero outside the range
@@ -241,14 +238,12 @@ def train(args: TrainSettings, *losses: Auxiliary):
             state.update(args, values)  # clip, AdamW, EMA
 
             stopping = any(common.gather(bool(heard)))  # all processes stop after the same step
-            logs = state.step % args.log_every == 0
-            saves = stopping or state.step % args.save_every == 0 or state.step == args.steps
-            if logs or saves:
-                state.check(args)
-            if logs:
+            if state.step % args.log_every == 0:
                 log.write()
-            if saves:
-                state.save(args, folder, rank)
+            if args.snapshots and state.step % args.snapshots == 0:
+                state.save(args, folder, rank, "snapshot")
+            if stopping or state.step % args.save_every == 0 or state.step == args.steps:
+                state.save(args, folder, rank, "ckpt")
             if stopping and state.step < args.steps:
                 say(f"stopped by a signal after step {state.step}, which is saved; run it again")
                 sys.exit(143)  # not 0: what needs the finished run must not follow
@@ -267,6 +262,8 @@ def begin(args, losses, device, shares):
         warn(f"{args.data}: has one class, whose label can guide nothing")
     if args.batch_size % shares:
         raise UserError(f"--batch-size {args.batch_size}: is not divisible by {shares} shares")
+    init = args.init and (args.init, *models.load_checkpoint(args.init, "best"))
+    args.init = init and fingerprint(*init[1].state_dict().values())[:12]  # by content
     lock = common.lock(args.out) if Path(args.out).exists() else None
     newest = next(iter(models.checkpoints(args.out)), None)
     saved = continued(newest, args, folder) if newest else None
@@ -277,7 +274,7 @@ def begin(args, losses, device, shares):
     ours = vars(args), start, folder.meta["identity"], [loss.identity for loss in losses]
     if len(set(common.gather(str(ours)))) > 1:
         raise UserError("the processes have different settings, checkpoints, latents or teachers")
-    state = State(args, folder, device, losses, running)
+    state = State(args, folder, device, losses, running, None if saved else init)
     state.lock = lock or common.lock(args.out)
     for loss in losses:
         loss.ema = state.ema
@@ -296,19 +293,35 @@ def parallel(network, args):
     return DDP(network, gradient_as_bucket_view=True, bucket_cap_mb=250) if several else network
 
 
-def adamw(weights, args) -> AdamW:
+def adamw(weights, args) -> torch.optim.AdamW:
     """The optimizer of some weights. It may have several groups, each with a rate of its own."""
-    optimizer = AdamW(weights, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(weights, args.lr, (0.9, 0.999), weight_decay=0, fused=True)
     optimizer.rates = [group["lr"] for group in optimizer.param_groups]  # after the warm-up
     return optimizer
+
+
+def start_from(init, model, args, classes):
+    """Take over --init's weights; of a network of other classes, the null label's row alone."""
+    path, source, saved = init
+    weights, table = source.state_dict(), "y_embedder.embedding_table.weight"
+    if len(saved["meta"]["classes"]) == len(classes):
+        models.check_classes(path, saved["meta"]["classes"], classes)
+    else:
+        say(f"{path}: has other classes; all labels but the null one start anew")
+        weights[table] = torch.cat([model.state_dict()[table][:-1], weights[table][-1:]])
+    with common.reading(path, "does not fit --model or --data"):  # names the tensor
+        model.load_state_dict(weights)
+    say(f"starts from step {saved['step']} of {path}, whose weights are {args.init}")
 
 
 class State:
     """All that a step changes, saved and loaded whole: networks, optimizers, step, sums."""
 
-    def __init__(self, args, folder, device, losses=(), running=()):
+    def __init__(self, args, folder, device, losses=(), running=(), init=None):
         torch.manual_seed(args.seed)
         self.model = model = models.build_for(vars(args), folder.meta)
+        if init:
+            start_from(init, model, args, folder.meta["classes"])
         for loss in running:
             if not 1 <= loss.depth <= model.depth:
                 raise UserError(f"loss {loss.name}, depth {loss.depth}: use 1 to {model.depth}")
@@ -328,7 +341,7 @@ class State:
         """Clip, AdamW, EMA."""
         own = [loss.optimizer for loss in self.losses.values() if loss.optimizer]
         optimizers = [self.optimizer, *own]
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        groups = [group for each in optimizers for group in each.param_groups]
         weights = [weight for group in groups for weight in group["params"]]
         norm = nn.utils.clip_grad_norm_(weights, args.clip)
         for optimizer in optimizers:
@@ -361,20 +374,23 @@ class State:
             parts |= {f"projector{name}": loss.module, f"projector_opt{name}": loss.optimizer}
         return parts
 
-    def save(self, args, folder, rank):
-        """Write ckpt-<step>.pt whole or not at all; all processes learn whether it worked."""
-        content = {name: part and part.state_dict() for name, part in self.parts().items()}
+    def save(self, args, folder, rank, kind):
+        """Write `kind`-<step>.pt whole or not at all; all processes learn whether it worked. A
+        "ckpt" continues the run; a "snapshot" is the average alone, for a curve, and stays."""
+        self.check(args)
+        parts = self.parts() if kind == "ckpt" else {"ema": self.ema}
+        content = {name: part and part.state_dict() for name, part in parts.items()}
         content.update({f"identity{name}": loss.identity for name, loss in self.losses.items()})
         content.update(format=models.FORMAT, step=self.step, sums=self.sums.tolist())
         content.update(args=vars(args), meta=folder.meta)
-        path = Path(args.out) / f"ckpt-{self.step:07d}.pt"
+        path = Path(args.out) / f"{kind}-{self.step:07d}.pt"
         failure = None
         try:
             if rank == 0:
                 with common.atomic_write(path) as file:
                     torch.save(content, file)
-                others = [old for old in models.checkpoints(args.out) if old != path]
-                for old in [*others[args.keep - 1 :], *path.parent.glob("ckpt-*.pt.tmp")]:
+                oldest = models.checkpoints(args.out)[args.keep :]
+                for old in [*oldest, *path.parent.glob("*-*.pt.tmp")]:
                     old.unlink(missing_ok=True)  # .tmp: what a killed save has left
         except (UserError, OSError) as error:
             failure = f"stopped after step {self.step}: {error}; make room and run it again"
@@ -426,15 +442,15 @@ class Log:
         self.path = Path(args.out) / "log.jsonl"
         self.time, self.step = time.time(), state.step
         if rank == 0 and self.path.exists():
-            lines = self.path.read_bytes().splitlines()
             with common.atomic_write(self.path) as file:  # without what followed the checkpoint
-                for line in lines:
+                for line in self.path.read_bytes().splitlines():
                     with contextlib.suppress(ValueError, KeyError, TypeError):  # cut by a kill
                         if json.loads(line)["step"] <= state.step:
                             file.write(line + b"\n")
 
     def write(self):
         """Append the means since the last line, print them, and begin new sums."""
+        self.state.check(self.args)
         *sums, count = self.state.sums.tolist()
         self.state.sums.zero_()
         if self.rank > 0:
@@ -456,15 +472,15 @@ class Log:
 @contextlib.contextmanager
 def heard_signals():
     """A list that is not empty after the first signal; the second does what it did before."""
-    heard, before = [], {}
+    heard = []
 
     def hear(number, frame):
-        if not heard:
-            heard.append(time.time())
-        elif time.time() > heard[0] + 1:  # torchrun sends each signal twice within a moment
+        heard.append(time.time())
+        if heard[-1] > heard[0] + 1:  # torchrun sends each signal twice within a moment
             signal.signal(number, before[number])
             os.kill(os.getpid(), number)
 
+    before = {}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):  # Slurm's
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             before[number] = signal.signal(number, hear)

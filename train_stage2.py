@@ -35,12 +35,10 @@ class Guidance(Auxiliary):
         args, ours = self.args, folder.meta
         teacher, saved = load_teacher(args.teacher)
         theirs = saved["meta"]
-        names = theirs["classes"], ours["classes"]
         if theirs["identity"] is None:  # converted from another project's checkpoint
-            seen = f"its classes begin with {names[0][:3]}, these with {names[1][:3]}"
-            warn(f"{args.teacher}: does not say which latents it has seen; {seen}")
+            warn(f"{args.teacher}: does not say which latents it has seen")
+        models.check_classes(args.teacher, theirs["classes"], ours["classes"])
         facts = {key: (theirs[key], ours[key]) for key in ("channels", "height", "scale")}
-        facts["classes"] = names if sorted(names[0]) == sorted(names[1]) else map(len, names)
         facts["patch"] = teacher.patch, models.parse_name(args.model)[1]
         facts["VAE"] = theirs["vae"].get("identity"), ours["vae"].get("identity")
         facts["latents"] = theirs["identity"], ours["identity"]
@@ -50,8 +48,7 @@ class Guidance(Auxiliary):
         self.s = saved["scale"] if args.guide_scale is None else args.guide_scale
         self.identity = fingerprint(self.s, *teacher.state_dict().values())
         self.teacher = teacher.to(device)
-        if args.compile:
-            self.teacher.compile(dynamic=False)
+        self.teacher.compile(dynamic=False, disable=not args.compile)
 
     def projector(self, model):
         return Projector(model.width, out=self.teacher.width, hidden=self.args.projector_dim)

@@ -8,7 +8,6 @@ moments.npy, whose row i (2C, H, W) is the mean, then the std of image i's poste
 """
 
 import contextlib
-import fnmatch
 import json
 import os
 import re
@@ -27,6 +26,9 @@ import common
 from common import UserError, chunks_to_do, fingerprint, progress, say, setting, shared_array, warn
 
 FORMAT = 1  # of the latent folder
+DONE, UNREADABLE = 1, 2  # what has become of an image; 0 is to do
+ENDINGS = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+TABLES = (".json", ".jsonl", ".cls", ".csv", ".tsv", ".parquet")  # may hold labels
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # or Pillow refuses PNGs with a large colour profile
 
 
@@ -147,7 +149,7 @@ def load_vae(path) -> AutoencoderKL:
     with common.reading(path, f"is no VAE file for --vae; {convert}"):
         saved = common.load_file(path)
         scale, state = float(saved["scale"]), saved["model"]  # a scale is never assumed
-        convs = sorted(fnmatch.filter(state, "encoder.down*.conv1.weight"))  # 1 a ResnetBlock
+        convs = sorted(key for key in state if re.match(r"encoder\.down.*\.conv1\.weight", key))
         channels = [len(state[key]) for key in convs if ".resnets.0." in key]
         latent_channels = len(state["quant_conv.bias"]) // 2
         vae = AutoencoderKL(channels, latent_channels, len(convs) // len(channels), scale)
@@ -171,10 +173,6 @@ def find_vae(given, meta) -> AutoencoderKL:
     if not same:  # the user insists on it
         warn(f"{path}: is not the VAE that made the latents")
     return vae
-
-
-ENDINGS = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-TABLES = (".json", ".jsonl", ".cls", ".csv", ".tsv", ".parquet")  # may hold labels
 
 
 def open_image(path, size=None, white=65535) -> np.ndarray:
@@ -233,8 +231,7 @@ class Images(Dataset):
         if (edm := os.path.join(root, "dataset.json")) in beside:
             with common.reading(edm, "is no list of [name, label]; write it with EDM's tool"):
                 pairs = sorted(json.loads(Path(edm).read_text())["labels"])
-                paths = [os.path.join(root, name) for name, _ in pairs]
-                found = [(path, os.stat(path).st_size) for path in paths]
+                found = [(path := f"{root}/{name}", os.stat(path).st_size) for name, _ in pairs]
                 self.labels = [range(10**6)[label] for _, label in pairs]  # whole numbers
                 self.classes = [str(label) for label in range(1 + max(self.labels))]
         else:
@@ -245,14 +242,13 @@ class Images(Dataset):
             near = [path for path in left_out if os.path.splitext(path)[1] in (".txt", *TABLES)]
             tables = [path for path in beside if os.path.splitext(path)[1] in TABLES]
             shards = all(re.fullmatch(r"([a-z]+[-_]?)?\d{3,6}|\d+", name) for name in self.classes)
-            splits = "train training val valid validation test testing images __macosx".split()
             if (tables and shards) or 2 * len(near) > len(self.labels) > 0:
                 what = f"has folders like shards and {[*tables, *near][0]} like labels"
                 raise UserError(f"{root}: {what}; write EDM's dataset.json, or move that file away")
-            if len(full := {*self.labels}) < max(1, len(self.classes)):
-                empty = [name for label, name in enumerate(self.classes) if label not in full]
+            empty = [name for name, files in zip(self.classes, below, strict=True) if not files]
+            if empty or not below:
                 raise UserError(f"{root}: needs a folder for each class; empty: {empty}")
-            if len(full) == 1 or {name.lower() for name in self.classes} & {*splits}:
+            if len(below) <= 3:  # train and val, or what a ZIP file was unpacked to
                 warn(f"{root}: each folder in it becomes a class: {', '.join(self.classes[:10])}")
         self.files, sizes = map(list, zip(*found, strict=True))  # no times: a copy has others
         self.names = [os.path.relpath(path, root) for path in self.files]
@@ -291,13 +287,13 @@ class LatentFolder:
             found = self.moments.dtype, self.moments.shape, labels.shape
             if found != (np.float16, (N, 2 * C, H, W), (N,)) or H != W:
                 raise ValueError(f"moments.npy and labels.npy are {found}, of {H} x {W}")
-            scale, kind = meta["scale"], meta["format"]
             inside = ((labels >= 0) & (labels < len(meta["classes"]))).all()
-            if kind != FORMAT or not inside or not 0 < scale < float("inf"):
-                raise ValueError(f"labels {labels.min()} to {labels.max()}, {scale}, format {kind}")
+            if meta["format"] != FORMAT or not inside or not 0 < meta["scale"] < float("inf"):
+                raise ValueError("its format, its scale or one of its labels is impossible")
             some = self.moments[np.linspace(0, N - 1, min(N, 64)).astype(int)]
             meta["identity"] = fingerprint(self.labels, meta["classes"], meta["scale"], some)
             meta.setdefault("vae", {"path": None, "identity": None})
+            meta["counts"] = np.bincount(labels, minlength=len(meta["classes"])).tolist()
 
     def __len__(self):
         return len(self.labels)
@@ -307,9 +303,6 @@ class LatentFolder:
         moments = torch.from_numpy(self.moments[indices.numpy()])
         moments = moments.pin_memory() if torch.cuda.is_initialized() else moments
         return moments, self.labels[indices]
-
-
-DONE, UNREADABLE = 1, 2  # what has become of an image; 0 is to do
 
 
 @dataclass
@@ -334,8 +327,7 @@ def encode(images, vae, device, moments, done, batch_size, rank, world):
         if readable.any():
             pixels = np.stack([pixels for pixels, _ in items if pixels is not None])
             pixels = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2) / 127.5 - 1
-            mean, std = vae.encode(pixels)
-            latents = torch.cat([mean, std], dim=1).half().cpu()
+            latents = torch.cat(vae.encode(pixels), dim=1).half().cpu()
             if not latents.isfinite().all():
                 raise UserError(f"--vae: latents near {images.files[rows[0]]} are not finite")
             moments[rows[readable]] = latents
@@ -363,9 +355,9 @@ def finish(images, vae, moments, done, meta, out):
     some = moments[: len(kept) : 1 + len(kept) // 4096].astype(float)
     mean, std = np.split(some, 2, axis=1)
     meta["std"] = float(vae.scale * np.sqrt(mean.var() + (std**2).mean()))  # of x0
-    meta |= {"format": FORMAT, "num_images": len(kept), "classes": images.classes}
-    channels, height, width = mean.shape[1:]
-    meta |= {"channels": channels, "height": height, "width": width, "scale": vae.scale}
+    meta |= {"format": FORMAT, "num_images": len(kept), "scale": vae.scale}
+    meta["classes"] = images.classes
+    meta |= zip(("channels", "height", "width"), mean.shape[1:], strict=True)
     with common.atomic_write(out / "labels.npy") as file:
         np.save(file, np.array(images.labels, dtype=np.int64)[kept])
     for name, content in (("files", [images.names[i] for i in kept]), ("meta", meta)):
@@ -383,10 +375,8 @@ def main():
     device, rank, world = common.setup(args.device)
     vae = load_vae(args.vae)
     if args.image_size % vae.factor or args.image_size < 2 * vae.factor:
-        fits = f"must be {vae.factor} times a whole number, from 2 on, as the VAE has it"
-        raise UserError(f"--image-size {args.image_size}: {fits}")
-    listed = Images(args.images, args.image_size, args.white) if rank == 0 else None
-    images = common.gather(listed)[0]  # one process lists for all
+        raise UserError(f"--image-size {args.image_size}: must be {vae.factor} times 2, 3, ...")
+    images = common.gather(rank or Images(args.images, args.image_size, args.white))[0]
     out = Path(args.out)
     tag = fingerprint(images.identity, args.image_size, args.white, vae.identity())[:12]
     _lock = common.lock(out)  # until main returns
@@ -404,8 +394,6 @@ def main():
     vae = vae.to(device, memory_format=torch.channels_last)
     encode(images, vae, device, moments, done, args.batch_size, rank, world)
     common.gather()  # wait for the others
-    if not done.all():
-        raise UserError(f"{out}: some images are not encoded yet; run the same command again")
     if rank == 0:
         meta = {"tag": tag, "image_size": args.image_size, "source": os.path.abspath(args.images)}
         meta["vae"] = {"path": os.path.abspath(args.vae), "identity": vae.identity()}

@@ -47,13 +47,15 @@ def commands():
     """(script, flags) of every command in the README, the pages and the shell scripts."""
     pages = [ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
     pages.remove(ROOT / "docs/log.md")  # whose commands stand as they were run
-    texts = [f.read_text() for f in (*pages, *(ROOT / "experiments").glob("*/*.sh"))]
+    scripts = [*(ROOT / "experiments").glob("*/*.sh"), *(ROOT / "runs").iterdir()]
+    texts = [f.read_text() for f in (*pages, *scripts)]
     texts.append(README)
     for line in "\n".join(texts).replace("\\\n", " ").splitlines():
-        for script, rest in re.findall(r"(?:python|=8) ([\w/]+\.py)([^#|&;`]*)", line):
+        for script, rest in re.findall(r"(?:python|=8|\$RUN) ([\w/]+\.py)([^#|&;`]*)", line):
             if script != "cosine.py":  # the example that CONTRIBUTING.md itself has
                 yield script, re.findall(r" (--[a-z-]+)", rest)
-        for module, rest in re.findall(r"python -m (experiments\.\w+\.\w+)([^#|&;`]*)", line):
+        module_of = r"(?:python|\$RUN) -m (experiments\.\w+\.\w+)([^#|&;`]*)"
+        for module, rest in re.findall(module_of, line):
             yield f"{module.replace('.', '/')}.py", re.findall(r" (--[a-z-]+)", rest)
 
 

@@ -476,3 +476,22 @@ def test_losses_by_t(runs, latents, tmp_path, capsys):
     refused(loss_by_t, names[0], *flags, "--num", 61, says=["--num 61", "60 images"])
     other = write_folder(tmp_path / "other")
     refused(loss_by_t, names[0], *flags, "--data", other, says=["another VAE"])
+
+
+def test_grids_stand_side_by_side_row_by_row():
+    from experiments.cifar10.side_by_side import MARGIN, page
+
+    tiles = np.arange(2 * 3 * 2).reshape(2, 3, 2) * 10  # grid, row, column: a grey of its own
+    grids = {
+        name: np.repeat(np.kron(tiles[i], np.ones((8, 8)))[..., None], 3, axis=2).astype(np.uint8)
+        for i, name in enumerate(("a", "b"))
+    }
+    sheet = np.asarray(page(grids, rows=2, tile=8))
+    assert sheet.shape == (2 * (2 * 8 + 6) - 6, MARGIN + 16, 3)
+    for row in range(2):
+        for i in range(2):
+            for column in range(2):
+                y, x = row * 22 + i * 8 + 4, MARGIN + column * 8 + 4
+                assert (sheet[y, x] == tiles[i, row, column]).all()
+    with pytest.raises(UserError, match="--rows 4: the grids have 3"):
+        page(grids, rows=4, tile=8)

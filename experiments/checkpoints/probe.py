@@ -118,14 +118,15 @@ class Settings:
     device: str = "auto"  # cpu, cuda or cuda:N; auto is cuda where there is one
 
 
-def find_latents(path, model) -> LatentFolder:
-    """At least two latents, of the shape and the number of classes that the network knows."""
+def find_latents(path, model, classes) -> LatentFolder:
+    """At least two latents, of the shape and the classes that the network knows."""
     folder = LatentFolder(path)
     here = (len(folder.meta["classes"]), *folder.shape)
     known = (model.num_classes, model.in_channels, model.input_size, model.input_size)
     if here != known or len(folder) < 2:
         what = f"{len(folder)} latents, (classes, C, H, W) {here}"
         raise UserError(f"{path}: has {what}; needed: several of {known}")
+    models.check_classes(path, folder.meta["classes"], classes)
     return folder
 
 
@@ -142,7 +143,8 @@ def main():
     data, few = args.data or saved["args"].get("data"), 20 * model.num_classes
     if not data:
         raise UserError(f"{args.ckpt}: does not name its latents; give --data")
-    folder, num = find_latents(data, model), args.num or max(2000, few)
+    folder = find_latents(data, model, saved["meta"]["classes"])
+    num = args.num or max(2000, few)
     if min(num, len(folder)) < few or model.num_classes < 2:
         warn("to mean much, the table needs 2 classes and 20 images of each")
     through_diffusers = folder.meta["vae"].get("decoder") == "diffusers"

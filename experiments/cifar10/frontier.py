@@ -95,6 +95,7 @@ class Judge:
     identity: str  # another judge has another one
     size: int | None  # S; None for older files, which do not say it
     classes: int
+    names: list[str] | None  # of the classes; None for older files, which do not say them
 
 
 def load_judges(cnns, outsides, device) -> dict[str, Judge]:
@@ -108,7 +109,8 @@ def load_judges(cnns, outsides, device) -> dict[str, Judge]:
             return {"distance": found.pop("FD-CNN"), "class": found.pop("agreement"), **found}
 
         identity = fingerprint(saved["mu"], *cnn.state_dict().values())
-        known = Judge(by_cnn, identity, saved.get("size"), saved["classes"])
+        names = saved.get("names")
+        known = Judge(by_cnn, identity, saved.get("size"), saved["classes"], names)
         judges[f"cnn-{Path(path).stem}"] = known
     for path in outsides.split(","):
         known = outside.load(path)
@@ -116,22 +118,23 @@ def load_judges(cnns, outsides, device) -> dict[str, Judge]:
         saved = known.saved
         identity = fingerprint(saved["mu"], saved["weight"])
         name = f"outside-{saved['input']}"
-        judges[name] = Judge(known.measure, identity, saved["size"], saved["classes"])
+        names = saved.get("names")
+        judges[name] = Judge(known.measure, identity, saved["size"], saved["classes"], names)
     if len(judges) < len(cnns.split(",")) + len(outsides.split(",")):
         problem = "two judges have one name, which is a CNN's file name or an outside judge's size"
         raise UserError(f"--judge, --outside: {problem}; give each of them once")
     return judges
 
 
-def check_judges(judges, subject, size, classes):
-    """UserError if a judge knows other pictures than `subject` has."""
+def check_judges(judges, subject, size, names: list[str]):
+    """UserError if a judge knows other pictures, or other classes, than `subject` has."""
     for name, known in judges.items():
-        if (known.size or size, known.classes) != (size, classes):
-            wanted = f"{known.classes} classes and {known.size} pixels"
-            problem = (
-                f"has {classes} classes and {size} pixels, but the judge {name} knows {wanted}"
-            )
-            raise UserError(f"{subject}: {problem}; give a judge of these pictures")
+        if (known.size or size, known.classes) != (size, len(names)):
+            here = f"has {len(names)} classes and {size} pixels"
+            wanted = f"but the judge {name} knows {known.classes} classes and {known.size} pixels"
+            raise UserError(f"{subject}: {here}, {wanted}; give a judge of these pictures")
+        if known.names:
+            models.check_classes(f"{subject} (by {name})", names, known.names)
 
 
 # ---- Samples and their figures
@@ -186,7 +189,7 @@ def measure_all(names, scales, args):
         network, saved = models.load_checkpoint(path, null_label_for=null_label_for)
         vae = find_vae(None, saved["meta"])
         size = network.input_size * vae.factor
-        check_judges(judges, path, size, network.num_classes)
+        check_judges(judges, path, size, saved["meta"]["classes"])
         identities = [known.identity for known in judges.values()]
         tag = fingerprint(vae.identity(), *identities, *network.state_dict().values())[:12]
         period = network.patch * vae.factor

@@ -136,7 +136,7 @@ def main():
     judges, vae = load_judges(args.judge, args.outside, device), load_vae(args.vae)
     images, found = Images(args.images, args.image_size), []
     classes = len(images.classes)
-    check_judges(judges, args.images, args.image_size, classes)
+    check_judges(judges, args.images, args.image_size, images.classes)
     generator = torch.Generator().manual_seed(args.seed)
     order = torch.randperm(len(images.files), generator=generator).tolist()
     first_half = [row for row in order if images.labels[row] < classes / 2][: args.num]

@@ -21,6 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import models
 from common import UserError, progress, say, setting
 from fid import frechet_distance, precision_recall, statistics
 from vae_latents import LatentFolder, find_vae, open_image, to_images
@@ -130,6 +131,7 @@ def train(args):
     some = torch.linspace(0, len(images) - 1, min(5000, len(images))).long()  # evenly spaced
     saved = {"model": cnn.state_dict(), "classes": classes, "width": args.width, "seed": args.seed}
     saved.update(size=images.shape[1], reference=features[some].clone())
+    saved["names"] = folder.meta["classes"]
     saved["mu"], saved["sigma"] = map(torch.from_numpy, statistics(features))
     saved["accuracy"] = measure(cnn, saved, images[held], labels[held])["agreement"]
     say(f"{args.out}: accuracy on {held.sum()} held-out images {100 * saved['accuracy']:.1f} %")
@@ -181,6 +183,9 @@ def read_samples(path, saved) -> tuple[torch.Tensor, torch.Tensor]:
             raise ValueError(f"{images.dtype} {images.shape}, the judge knows {side} px, uint8")
         if len(images) < 2 or not 0 <= labels.min() <= labels.max() < classes:
             raise ValueError(f"{len(images)} images, labels to {labels.max()} of {classes} classes")
+        settings = json.loads(samples["settings"].item()) if "settings" in samples else {}
+    if "names" in settings and "names" in saved:  # older files do not say them
+        models.check_classes(path, settings["names"], saved["names"])
     return torch.from_numpy(images), torch.from_numpy(labels)
 
 

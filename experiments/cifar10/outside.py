@@ -198,7 +198,7 @@ def fit(args):
 
     saved = {"format": FORMAT, "input": args.size, "size": args.image_size, "num": args.num}
     saved.update(network=fingerprint(*network.state_dict().values()), vae=vae.identity())
-    saved.update(classes=len(images.classes), seed=args.seed)
+    saved.update(classes=len(images.classes), names=images.classes, seed=args.seed)
     saved["reference"] = real[: min(args.num, REFERENCES)].clone()
     known = slice(0, args.num)
     saved["mu"], saved["sigma"] = map(torch.from_numpy, statistics(real[known]))
