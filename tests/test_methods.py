@@ -16,11 +16,15 @@ import train_stage1
 import train_stage2
 from common import UserError
 from experiments.cifar10 import report
-from experiments.methods import method, repa, repa_features, sra
+from experiments.methods import method, repa, repa_features, sra, vae_repa
 from train_stage1 import draw, make_batch, rows_in_range
 from vae_latents import LatentFolder
 
-METHODS = {"repa": (repa, repa.Repa), "sra": (sra, sra.Sra)}
+METHODS = {
+    "repa": (repa, repa.Repa),
+    "sra": (sra, sra.Sra),
+    "vae": (vae_repa, vae_repa.VaeRepa),
+}
 B, N, T = 16, 48, 4  # images in a batch, in the folder; tokens of SiT-Ti/8 on latents of side 16
 
 
@@ -137,10 +141,27 @@ def test_sra(folder):
             p.mul_(1.1)
 
 
+@torch.no_grad()
+def test_vae_repa(folder):
+    """Each number of the answer is of the latent's place that the token's patch covers."""
+    got, batch, model, projector = computed(
+        vae_repa.VaeRepa(settings(vae_repa.VaeRepa, depth=3)), folder
+    )
+    wanted = 0.0
+    for i in range(B):
+        answers = projector.mlp(one(model, batch.x_t[i], batch.t[i], batch.y_input[i], 3))
+        for token, answer in enumerate(answers):
+            row, column = 8 * (token // 2), 8 * (token % 2)  # two patches of 8 in a row
+            patch = batch.x0[i, :, row : row + 8, column : column + 8]
+            wanted += smooth_l1(answer.view(8, 8, 4), patch.permute(1, 2, 0)) / T / B
+    close(got, wanted)
+
+
 def test_the_papers_blocks_and_weights(monkeypatch):
     wanted = {
         "repa": (0.5, {"B": [4], "L": [8], "XL": [8]}),
         "sra": (0.2, {"B": [3, 8], "L": [6, 16], "XL": [8, 20]}),
+        "vae": (1.0, {"B": [2], "L": [8], "XL": [8]}),
     }
     seen = []
     monkeypatch.setattr(method, "train", lambda args, loss: seen.append((args, loss)))

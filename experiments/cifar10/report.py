@@ -90,27 +90,46 @@ def spent(args, meta, step, student) -> float:
     """What a run with these settings costs until `step`, in vanilla steps of `student`."""
     model = network(args.model, meta)
     own = model.forward_flops() / network(student, meta).forward_flops()
-    if getattr(args, "align_weight", None) == 0:
-        return step * own
-    before = 0.0
-    if args.stage == "align":
+    names = args.stage.split("+") if args.stage and getattr(args, "align_weight", 1) else []
+    total = step * own
+    for name in names:
+        extra, before, until = aid(name, args, meta)
+        total += before * own + min(step, until) * own * extra
+    return total
+
+
+def aid(name, args, meta) -> tuple[float, float, float]:
+    """What an auxiliary loss adds to a step of its network; what it has cost before, both in steps
+    of that network; and its last step."""
+    model, before, until = network(args.model, meta), 0.0, float("inf")
+    if name == "align":
         extra = projector_cost(model, Alignment(args, 1).projector(model), args)
-    elif args.stage == "guide":
+    elif name in ("guide", "measured"):
         teacher, saved = load_teacher(args.teacher)
         forwards = share(args) * 2 * teacher.forward_flops() / (3 * model.forward_flops())
         projector = Projector(model.width, out=teacher.width, hidden=args.projector_dim)
         extra = forwards + projector_cost(model, projector, args)
-        before = spent(SimpleNamespace(**saved["args"]), saved["meta"], saved["step"], student)
+        before = spent(SimpleNamespace(**saved["args"]), saved["meta"], saved["step"], args.model)
+        until = args.guide_steps if name == "guide" else released_at(args.out)
     else:
-        extra = find_baseline(args.stage)(args).extra_cost(model)
-    if args.stage == "repa":  # the encoder's training, and its run over the images
+        own_range = {"t_min": 0.0, "t_max": 1.0} if "+" in args.stage else {}
+        known = SimpleNamespace(**{**vars(args), **own_range})
+        extra = find_baseline(name)(known).extra_cost(model)
+    if name == "repa":  # the encoder's training, and its run over the images
         about = Path(args.features).with_suffix(".json")
         with common.reading(about, "does not say what the features cost"):
             flops = json.loads(about.read_text())
             flops = flops["flops_training"] + flops["flops_encoding"]
-        before = own * flops / (3 * model.forward_flops() * args.batch_size)
-    aided = min(step, getattr(args, "guide_steps", step))
-    return before + own * (step + aided * extra)
+        before = flops / (3 * model.forward_flops() * args.batch_size)
+    return extra, before, until
+
+
+def released_at(run) -> float:
+    """The last logged step of measured_release.py at which its loss was not zero."""
+    path = Path(run) / "log.jsonl"
+    with common.reading(path, "is no log of a run"):
+        lines = [json.loads(text) for text in path.read_text().splitlines()]
+        return max(known["step"] for known in lines if known["loss_measured"] > 0)
 
 
 def network(model: str, meta: dict):

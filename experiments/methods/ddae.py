@@ -2,6 +2,7 @@
 
     python -m experiments.methods.ddae train --align-weight 0 --data data/latents --out out/ddae
     python -m experiments.methods.ddae sample --ckpt out/ddae --out out/ddae-samples
+    python -m experiments.methods.ddae frontier ddae-1=out/ddae --scales 1,2
 
 c' = c + W LayerNorm(mean over tokens of h_m): what follows the middle block m, depth / 2, is told
 what that block has seen. W is zero at first. Guessed, because no code is public: the mean (not a
@@ -10,6 +11,7 @@ judgement of the paper. It is a network of one's own on the loop: build_for make
 """
 
 import sys
+from unittest import mock
 
 import torch.nn as nn
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ import common
 import models
 import sample
 import train_stage1
+from experiments.cifar10 import frontier
 from models import SiT, unpatchify
 
 
@@ -39,12 +42,18 @@ class SelfConditioned(SiT):
         return unpatchify(self.final_layer(h, c), self.patch, self.in_channels), {}
 
 
+def extra_cost(model):
+    """W, of one vector an image, as a share of a training step."""
+    return 2 * model.width**2 / model.forward_flops()
+
+
 def main():
     verb = sys.argv.pop(1) if len(sys.argv) > 1 else ""
-    if verb not in ("train", "sample"):
-        raise common.UserError("give `train FLAGS` of train_stage1.py, or `sample FLAGS`")
-    models.SiT = SelfConditioned
-    {"train": train_stage1.main, "sample": sample.main}[verb]()
+    verbs = {"train": train_stage1, "sample": sample, "frontier": frontier}
+    if verb not in verbs:
+        raise common.UserError("ddae.py: give `train`, `sample` or `frontier`, then its flags")
+    with mock.patch.object(models, "SiT", SelfConditioned):
+        verbs[verb].main()
 
 
 if __name__ == "__main__":
