@@ -19,8 +19,8 @@
 #SBATCH --output=slurm-%j.log
 set -u
 PATH="$PWD/.venv/bin:$PATH" # sbatch starts the job in the folder where it was called
-processes=${PROCESSES:-${SLURM_GPUS_ON_NODE:-1}} # of each node; PROCESSES=2 is for a node without GPUs
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it over from sbatch by itself
+processes=${PROCESSES:-${SLURM_GPUS_ON_NODE:-1}} # of each node; export PROCESSES=2 without GPUs
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it over from sbatch
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 # Signals for the run go through scancel: without --batch it reaches what srun has started, not this
