@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import runpy
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from warm import Process
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -26,19 +29,54 @@ TRAIN = "--model SiT-Ti/8 --batch-size 8 --lr 1e-3 --projector-dim 32 --log-ever
 TRAIN = f"{TRAIN} --ema-ramp --device cpu".split()  # the average of a few steps is a trained one
 
 
-def script(name, *args, processes=1, env=None, timeout=600):
+STARTED = []
+
+
+def start(*command, **how):
+    """A script at work, or a module behind "-m", as a warm.Process; the test's end is its end."""
+    STARTED.append(Process(*command, **how))
+    return STARTED[-1]
+
+
+def torchrun(processes):
+    return "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"
+
+
+def script(name, *args, processes=1, env=None):
     """Run a script from ROOT, or a module such as experiments.machine.bench, under torchrun if
     `processes` > 1; the CompletedProcess."""
     what = ["-m", name] if str(name).startswith("experiments.") else [ROOT / name]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run(
-        [sys.executable, *(torchrun if processes > 1 else []), *what, *map(str, args)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-    )
+    process = start(*(torchrun(processes) if processes > 1 else []), *what, *args, env=env)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(process.command, process.returncode, out, err)
+
+
+def start_group(processes, script, *args, each=None):
+    """Start so many processes that know of each other as those of torchrun do, and that torchrun
+    does not watch. `each`: arguments for each one."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    members = []
+    for rank in range(processes):
+        env = {"RANK": str(rank), **world} if processes > 1 else {}
+        members.append(start(script, *args, *(each[rank] if each else ()), env=env))
+    return members
+
+
+def group(*args, **kwargs):
+    """`start_group`; when all have ended, (stdout, stderr, status) of each."""
+    members = start_group(*args, **kwargs)
+    return [(*member.communicate(), member.returncode) for member in members]
+
+
+def wait_for(stream, word):
+    """Read lines until one holds `word`."""
+    for line in stream:
+        if word in line:
+            return line
+    raise AssertionError(f"it ended without {word!r}")
 
 
 def ok(*args, **kwargs):
@@ -66,11 +104,58 @@ def own_signals():
         yield
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_left_running():
+    yield
+    for process in STARTED:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.close()
+    STARTED.clear()
+
+
 def call(module, *flags):
     """Run the main() of a script in this process, with these flags: sooner than `script`."""
     with pytest.MonkeyPatch.context() as patch, signals_kept():
         patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
         module.main()
+
+
+UNSAFE = ("weights_only", "allow_pickle", "unsafe", "trust", "can still be loaded")
+
+
+def refusal(capsys, monkeypatch, tmp_path):
+    """call(script, args..., says=[...]): run a script, or its module, and look at what it says."""
+
+    import common
+
+    def call(script, *args, says, keeps=tmp_path):
+        def content():
+            files = [f for f in sorted(keeps.rglob("*")) if f.is_file() and f.name != ".lock"]
+            return {f: f.read_bytes() for f in files if not f.is_symlink()}
+
+        before = content()
+        monkeypatch.setattr(sys, "argv", [getattr(script, "__file__", script), *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop, signals_kept():
+            if isinstance(script, str):
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            common.run(script.main)
+        err = "\n".join(x for x in capsys.readouterr().err.splitlines() if "warning" not in x)
+        assert stop.value.code == 2, err
+        assert err.count("\n") == 0 and ": error: " in err and "Traceback" not in err, err
+        assert err.isprintable() and not any(word in err for word in UNSAFE), err
+        for word in says:
+            assert str(word) in err, err
+        assert before == {f: x for f, x in content().items() if f in before}
+        return err
+
+    return call
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch, tmp_path):
+    return refusal(capsys, monkeypatch, tmp_path)
 
 
 def batch_indices(step, batch, images, seed) -> np.ndarray:

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from functools import partial
 
@@ -255,13 +256,29 @@ def test_a_mistake_is_said_and_nothing_written(flags, monkeypatch, tmp_path):
     assert not (tmp_path / "bench.json").exists()
 
 
+# The alarm rings when the first network is to be compiled whole, not by the clock
+RINGS = f"""
+    import os, signal, sys
+    sys.path.insert(0, {str(ROOT)!r})
+    import common
+    from experiments.machine import bench
+    def ring(*args):
+        os.kill(os.getpid(), signal.SIGALRM)
+        raise AssertionError("nobody heard the alarm")
+    bench.parallel, bench.ROUNDS = ring, 1
+    signal.setitimer = lambda which, seconds: print("alarm", which, seconds)
+    common.run(bench.main)
+"""
+
+
 @pytest.mark.slow
 def test_the_time_is_kept_and_what_is_left_is_said(tmp_path):
-    """What is compiled whole takes longer than that on any CPU, with an empty cache."""
-    scratch = tmp_path / "scratch"
+    scratch, code = tmp_path / "scratch", tmp_path / "rings.py"
     scratch.mkdir()
-    flags = [*TINY, "--minutes", 0.4, "--out", tmp_path / "bench.json"]
-    out = ok("experiments.machine.bench", *flags, env={"TMPDIR": str(scratch)})
+    code.write_text(textwrap.dedent(RINGS))
+    flags = [*TINY, "--minutes", 0.4, "--train-steps", 5, "--out", tmp_path / "bench.json"]
+    out = ok(code, *flags, env={"TMPDIR": str(scratch)})
+    assert f"alarm {signal.ITIMER_REAL:d} 24.0" in out
     last = out.splitlines()[-1].partition("no time left for: ")[2]
     assert "vanilla, whole" in last or "stage 1, whole" in last
     figures = json.loads((tmp_path / "bench.json").read_text())["figures"]

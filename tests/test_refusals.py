@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.run
-from conftest import ROOT, TRAIN, call, script, signals_kept, write_folder
+from conftest import ROOT, TRAIN, call, script, write_folder
 from PIL import Image
 
 import build_teacher
@@ -22,40 +22,6 @@ import train_stage1
 import train_stage2
 import vae_latents
 from common import UserError
-
-UNSAFE = ("weights_only", "allow_pickle", "unsafe", "trust", "can still be loaded")
-
-
-def refusal(capsys, monkeypatch, tmp_path):
-    """call(script, args..., says=[...]): run a script, or its module, and look at what it says."""
-
-    def call(script, *args, says, keeps=tmp_path):
-        def content():
-            files = [f for f in sorted(keeps.rglob("*")) if f.is_file() and f.name != ".lock"]
-            return {f: f.read_bytes() for f in files if not f.is_symlink()}
-
-        before = content()
-        monkeypatch.setattr(sys, "argv", [getattr(script, "__file__", script), *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop, signals_kept():
-            if isinstance(script, str):
-                runpy.run_path(str(ROOT / script), run_name="__main__")
-            common.run(script.main)
-        err = "\n".join(x for x in capsys.readouterr().err.splitlines() if "warning" not in x)
-        assert stop.value.code == 2, err
-        assert err.count("\n") == 0 and ": error: " in err and "Traceback" not in err, err
-        assert err.isprintable() and not any(word in err for word in UNSAFE), err
-        for word in says:
-            assert str(word) in err, err
-        assert before == {f: x for f, x in content().items() if f in before}
-        return err
-
-    return call
-
-
-@pytest.fixture
-def refused(capsys, monkeypatch, tmp_path):
-    return refusal(capsys, monkeypatch, tmp_path)
 
 
 @pytest.fixture
