@@ -8,11 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from warm import Process
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +29,10 @@ for number in (signal.SIGINT, signal.SIGHUP):
 
 TRAIN = "--model SiT-Ti/8 --batch-size 8 --lr 1e-3 --projector-dim 32 --log-every 2 --save-every 4"
 TRAIN = f"{TRAIN} --ema-ramp --device cpu".split()  # the average of a few steps is a trained one
+SMALL = [*TRAIN, *"--model SiT-N/4 --log-every 1 --save-every 2".split()]
+ENCODE = "--image-size 32 --batch-size 8 --device cpu".split()
+EULER = "--steps 2 --mode euler --device cpu".split()
+NULL = 10  # the null label of ten classes
 
 
 STARTED = []
@@ -257,3 +263,82 @@ def runs(latents, tmp_path_factory):
     guide = ["--guide-steps", 5, "--teacher", out / "teacher/teacher.pt"]
     call(train_stage2, *train, *guide, "--out", out / "stage2")
     return out
+
+
+def teacher_file(folder, model, s=30.0, **flags):
+    """teacher.pt as build_teacher.py makes it of a checkpoint of `model`."""
+    import build_teacher
+    from models import SIZES
+
+    size = next(key for key, size in SIZES.items() if size[:2] == (model.depth, model.width))
+    write_checkpoint(folder / "whole.pt", model, f"SiT-{size}/{model.patch}")
+    flags = [x for key, value in flags.items() for x in (f"--{key.replace('_', '-')}", value)]
+    call(build_teacher, "--ckpt", folder / "whole.pt", "--out", folder, "--guide-scale", s, *flags)
+    return folder / "teacher.pt"
+
+
+def largest(a, b):
+    """The largest absolute difference."""
+    return (a - b).abs().max().item()
+
+
+def picture(seed, side=32):
+    """A flat colour, which is the seed's, with a little noise."""
+    rng = np.random.default_rng(seed)
+    noise = rng.integers(-30, 31, (side, side, 3))
+    return Image.fromarray((rng.integers(40, 216, 3) + noise).clip(0, 255).astype(np.uint8))
+
+
+def folder(root, names, each=3, ending="png"):
+    """An image folder with these classes."""
+    for label, name in enumerate(names):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(each):
+            picture(100 * label + i).save(root / name / f"{i}.{ending}")
+    return root
+
+
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory):
+    """The file of a tiny untrained VAE; with this scale its latents of `picture` have std 1."""
+    from vae_latents import AutoencoderKL
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("vae") / "vae.pt"
+    torch.save({"model": AutoencoderKL((8, 16), layers=1).state_dict(), "scale": 0.9}, path)
+    return path
+
+
+def encode(images, vae, out):
+    import vae_latents
+
+    call(vae_latents, "--images", images, "--vae", vae, "--out", out, *ENCODE)
+    return out
+
+
+@pytest.fixture(scope="session")
+def numbered(tmp_path_factory, vae):
+    """Classes named 0 to 11, which as text sort 0, 1, 10, 11, 2: latents, and a run of 2 steps."""
+    import train_stage1
+
+    root = tmp_path_factory.mktemp("numbered")
+    images = folder(root / "images", [str(i) for i in range(12)], each=2)
+    data = encode(images, vae, root / "data")
+    call(train_stage1, *SMALL, "--data", data, "--out", root / "run", "--steps", 2)
+    return types.SimpleNamespace(images=images, data=data, run=root / "run", vae=vae)
+
+
+def changed_checkpoint(run, path, meta=(), **args):
+    """A copy of the run's checkpoint whose latents or settings say something else."""
+    import models
+
+    saved = torch.load(models.checkpoints(run)[0], weights_only=True)
+    saved["meta"].update(dict(meta))
+    saved["args"].update(args)
+    torch.save(saved, path)
+    return path
+
+
+def samples_in(out):
+    with np.load(out / "samples.npz") as file:
+        return dict(file)
