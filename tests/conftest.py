@@ -50,9 +50,15 @@ def torchrun(processes):
 
 def script(name, *args, processes=1, env=None):
     """Run a script from ROOT, or a module such as experiments.machine.bench, under torchrun if
-    `processes` > 1; the CompletedProcess."""
+    `processes` > 1; the CompletedProcess. With an `env` it is a Python of its own, because torch
+    reads some variables when it is imported."""
     what = ["-m", name] if str(name).startswith("experiments.") else [ROOT / name]
-    process = start(*(torchrun(processes) if processes > 1 else []), *what, *args, env=env)
+    command = [*(torchrun(processes) if processes > 1 else []), *what, *args]
+    if env:
+        command = [sys.executable, *map(str, command)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    process = start(*command)
     out, err = process.communicate()
     return subprocess.CompletedProcess(process.command, process.returncode, out, err)
 

@@ -259,8 +259,9 @@ def test_a_mistake_is_said_and_nothing_written(flags, monkeypatch, tmp_path):
 
 # The alarm rings when the first network is to be compiled whole, not by the clock
 RINGS = f"""
-    import os, signal, sys
+    import os, signal, sys, tempfile
     sys.path.insert(0, {str(ROOT)!r})
+    tempfile.tempdir = os.path.join(os.path.dirname(__file__), "scratch")
     import common
     from experiments.machine import bench
     def ring(*args):
@@ -278,7 +279,7 @@ def test_the_time_is_kept_and_what_is_left_is_said(tmp_path):
     scratch.mkdir()
     code.write_text(textwrap.dedent(RINGS))
     flags = [*TINY, "--minutes", 0.4, "--train-steps", 5, "--out", tmp_path / "bench.json"]
-    out = ok(code, *flags, env={"TMPDIR": str(scratch)})
+    out = ok(code, *flags)
     assert f"alarm {signal.ITIMER_REAL:d} 24.0" in out
     last = out.splitlines()[-1].partition("no time left for: ")[2]
     assert "vanilla, whole" in last or "stage 1, whole" in last
