@@ -3,7 +3,6 @@
 import json
 import re
 import runpy
-import subprocess
 import sys
 import textwrap
 
@@ -77,9 +76,12 @@ def test_flags_in_the_readme_and_scripts_exist():
             assert any(word in source for word in known), (script, flag)
 
 
-def test_help_works_of_one_script():
-    command = [sys.executable, str(ROOT / "train_stage2.py"), "--help"]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def test_help_works_of_one_script(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_stage2.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "train_stage2.py"), run_name="__main__")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
     assert "--guide-weight" in text and "(default: 0.5)" in text
 
 

@@ -70,7 +70,7 @@ def test_guidance_interval_runs_one_branch_outside(mode):
 
 def test_guiding_the_velocity_is_guiding_the_drift():
     """Of the SDE, as the paper has it: its drift is affine in v, so the two differ by rounding."""
-    model, cfg, steps = tiny().double().eval(), 2.0, 60
+    model, cfg, steps = tiny(name="SiT-P").double().eval(), 2.0, 60
     y, null = torch.tensor([1, 4, 7]), torch.tensor([NULL] * 3)
     noise = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(1)).double()
 

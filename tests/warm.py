@@ -27,12 +27,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 class Process:
     """What tests use of subprocess.Popen: stdout and stderr are pipes of text, and the process has
-    a session of its own. `closed`: streams that it begins without, such as [1]."""
+    a session of its own. `closed`: streams that it begins without, such as [1]; `ignored`: signals
+    that it begins deaf to, as nohup does it."""
 
-    def __init__(self, *command, env=None, closed=()):
+    def __init__(self, *command, env=None, closed=(), ignored=()):
         self.command = [str(word) for word in command]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-        request = {"command": self.command, "env": environment, "closed": [*closed]}
+        request = {"command": self.command, "env": environment}
+        request.update(closed=[*closed], ignored=[*ignored])
         reading, writing = zip(os.pipe(), os.pipe(), strict=True)
         self.pid, self.returncode = ask(request, writing), None
         for end in writing:
@@ -130,7 +132,7 @@ def serve(channel):
 
 
 def become(request, streams):
-    """Take over the streams, the environment and the folder of a request."""
+    """Take over the streams, the signals, the environment and the folder of a request."""
     for number, stream in enumerate(streams, 1):
         os.dup2(stream, number)
         os.close(stream)
@@ -139,6 +141,8 @@ def become(request, streams):
     for number in request["closed"]:
         os.close(number)
         setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+    for number in request["ignored"]:
+        signal.signal(number, signal.SIG_IGN)
     tempfile.tempdir = None  # TMPDIR may be another one
     os.environ.clear()
     os.environ.update(request["env"])
