@@ -107,6 +107,7 @@ def test_a_step_is_the_loops(kind, weight, tmp_path):
 def test_compiled_or_not_the_losses_are_the_same(kind, networks, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch.compiler.reset()
+    assert len(networks.teacher.blocks) == 3  # of the whole network
     networks.state.model.blocks = networks.state.model.blocks[:2]  # compiled sooner
     batch, eager = batch_of(networks), networks.step(kind, "eager")
     for mode in ("blocks", "whole"):
