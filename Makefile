@@ -29,8 +29,11 @@ lint: .venv/dev
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 
-# Two halves side by side, because a process trains on one core
-FIRST = tests/test_continue.py tests/test_inputs.py tests/test_refusals.py
+# Two halves side by side, because a process trains on one core. In the first is what asks for
+# conftest's runs, which are so trained once; whatever is new is in the second.
+NAMES = build_teacher common continue counterparts docs experiments image_folders inputs losses \
+    models refusals sample train
+FIRST = $(NAMES:%=tests/test_%.py)
 
 test: .venv/dev
 	@$(PY) -m pytest -q tests $(FIRST:%=--ignore=%) >.others.log 2>&1 & others=$$!; \
