@@ -168,10 +168,11 @@ def draw(lines, known, sheet):
     left.errorbar(w, [line["reward"] for line in lines], [line["error"] for line in lines])
     for name in ("mean", "best_tenth"):
         left.axhline(known[name], ls=":", color="grey")
-        left.annotate(f"the data's {name.replace('_', ' ')}", (w[-1], known[name]), ha="right")
+        where = {"xy": (w[-1], known[name]), "ha": "right", "va": "bottom"}
+        left.annotate(f"the data's {name.replace('_', ' ')}", **where)
     left.set(xlabel="w", ylabel=f"reward: {known['reward']} of the ink")
     middle.plot(w, [100 * line["agreement"] for line in lines], label="class asked for, %")
-    middle.plot(w, [10 * line["FD-CNN"] for line in lines], label="10 x distance to all the data")
+    middle.plot(w, [line["FD-CNN"] for line in lines], label="distance to all the data")
     middle.set(xlabel="w", ylim=(0, None))
     middle.legend(fontsize=8)
     right.imshow(sheet)
