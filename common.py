@@ -168,7 +168,8 @@ def atomic_write(path):
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: could not be written, nothing is lost ({error})") from error
+        what = "could not be written, nothing is lost; make room, or write to a local disk"
+        raise UserError(f"{path}: {what} ({error})") from error
 
 
 def lock(folder):
@@ -205,7 +206,7 @@ def setup(device="auto") -> tuple[torch.device, int, int]:
         elif "SLURM_PROCID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
             warn("Slurm's tasks do not know of each other; start them with torchrun (README.md)")
         return torch.device(device), 0, 1
-    with reading(" ".join(found), "no torchrun answers there; unset these variables"):
+    with reading(" ".join(found), "the others are not found; unset these, or see docs/jobs.md"):
         if not dist.is_initialized():  # gloo carries CPU tensors, NCCL CUDA's
             dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
     return torch.device(device), dist.get_rank(), dist.get_world_size()
@@ -243,12 +244,10 @@ def progress(what, items, world=1):
 def shared_array(path, shape, dtype, rank) -> np.ndarray:
     """An array on disk, zeros at first, that processes fill and a killed run goes on with."""
     if rank == 0 and not path.exists():
-        temporary = path.with_suffix(".tmp")
-        array = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
-        if hasattr(os, "posix_fallocate"):  # not on macOS
-            with open(temporary, "r+b") as file:  # a full disk is an error here, no crash later
-                os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
-        os.replace(temporary, path)
+        with atomic_write(path) as file:  # a full disk is an error here, no crash later
+            np.lib.format.open_memmap(file.name, "w+", dtype, shape)
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
     gather()  # the others wait
     with reading(path, "is damaged; remove it and run the same command again"):
         return np.load(path, mmap_mode="r+")

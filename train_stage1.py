@@ -5,7 +5,7 @@ settings, draws, losses, loop, state, log; last, stage 1 itself (arXiv 2601.0777
 
 Training is a function of the step: (seed, epoch) decides the order of the images, (seed, k) all
 that is random in step k, for the whole batch, of which each process takes its rows. So the same
-command continues a killed run: bit for bit on a CPU, to rounding on other numbers of processes.
+command continues a killed run: bit for bit on a CPU and up to two processes, to rounding on more.
 """
 
 import contextlib
@@ -393,7 +393,7 @@ class State:
                 for old in [*oldest, *path.parent.glob("*-*.pt.tmp")]:
                     old.unlink(missing_ok=True)  # .tmp: what a killed save has left
         except (UserError, OSError) as error:
-            failure = f"stopped after step {self.step}: {error}; make room and run it again"
+            failure = f"stopped after step {self.step}: {error}; run it again"
         if failure := common.gather(failure)[0]:
             raise UserError(failure)
 
