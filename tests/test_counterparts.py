@@ -330,8 +330,8 @@ def test_a_foreign_checkpoint_samples(foreign, vae_file, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def inception(tmp_path_factory):
-    """The network with random weights, read from a file as the public ones are."""
+def weights(tmp_path_factory):
+    """A file of random weights, like that of the public ones."""
     network = fid.InceptionV3()
     generator = torch.Generator().manual_seed(1)
     for layer in network.modules():
@@ -345,7 +345,13 @@ def inception(tmp_path_factory):
     nn.init.normal_(network.fc.weight, std=0.05 * math.sqrt(2 / 2048), generator=generator)
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
     torch.save(network.state_dict(), path)
-    loaded = fid.load_inception(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def inception(weights):
+    """As fid.py runs it on a CPU."""
+    loaded = fid.load_inception(weights).to(memory_format=torch.channels_last)
     assert not loaded.training
     return loaded
 
@@ -357,13 +363,11 @@ def pictures():
 
 
 @pytest.mark.slow
-def test_inception_equals_torch_fidelity(inception, pictures, tmp_path):
+def test_inception_equals_torch_fidelity(weights, inception, pictures):
     module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    path = tmp_path / "weights.pth"
-    torch.save(inception.state_dict(), path)
     wanted = ["2048", "logits_unbiased"]
     theirs = module.FeatureExtractorInceptionV3(
-        "x", wanted, feature_extractor_weights_path=str(path)
+        "x", wanted, feature_extractor_weights_path=str(weights)
     )
     blocks = []
     theirs.Mixed_6d.register_forward_hook(lambda m, i, out: blocks.append(out))
@@ -384,9 +388,9 @@ def test_inception_equals_torch_fidelity(inception, pictures, tmp_path):
 
 
 @pytest.mark.slow
-def test_inception_equals_pytorch_fid(inception, pictures, monkeypatch):
+def test_inception_equals_pytorch_fid(weights, inception, pictures, monkeypatch):
     module = pytest.importorskip("pytorch_fid.inception")
-    state = inception.state_dict()
+    state = torch.load(weights, weights_only=True)
     monkeypatch.setattr(module, "load_state_dict_from_url", lambda *a, **k: state)
     theirs = module.InceptionV3([2, 3], resize_input=False, normalize_input=False).eval()
     with torch.no_grad():
