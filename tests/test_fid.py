@@ -42,25 +42,6 @@ def pictures(number, seed=0, side=8):
     return np.random.default_rng(seed).integers(0, 256, (number, side, side, 3), dtype=np.uint8)
 
 
-# ---- statistics that come in batches
-
-
-@pytest.mark.parametrize("batch", [1, 7, 64, 500])
-def test_moments_in_batches_are_numpys_of_all(batch):
-    """Far from zero, and the first ones unlike the rest."""
-    x = np.random.default_rng(0).normal(size=(500, 6)) * 1e-2 + 1e3
-    x[:64] += np.arange(6) * 0.01
-    x = x.astype(np.float32)
-    counted = None
-    for part in torch.from_numpy(x).split(batch):
-        counted = fid.moments(part, counted)
-    mu, sigma = fid.statistics(None, counted)
-    np.testing.assert_allclose(mu, x.astype(np.float64).mean(axis=0), rtol=1e-13)
-    want = np.cov(x.astype(np.float64), rowvar=False)
-    np.testing.assert_allclose(sigma, want, rtol=1e-9, atol=1e-9 * want.max())
-    assert mu.dtype == sigma.dtype == np.float64
-
-
 # ---- archives that are read batch by batch
 
 WRITERS = {
@@ -122,24 +103,6 @@ def test_images_that_lie_by_columns_are_refused_by_that_name(tmp_path):
     np.savez(tmp_path / "a.npz", arr_0=np.asfortranarray(pictures(3)))
     with pytest.raises(UserError, match="by columns"):
         fid.open_side(tmp_path / "a.npz", fid.Settings())
-
-
-def test_features_are_kept_only_where_both_sides_have_images(measured, monkeypatch, tmp_path):
-    np.savez(tmp_path / "a.npz", arr_0=pictures(9))
-    np.savez(tmp_path / "s.npz", mu=np.zeros(6), sigma=np.eye(6))
-    describe, kept = fid.describe, []
-
-    def watched(*args, **kwargs):
-        side = describe(*args, **kwargs)
-        kept.append(len(side.get("features", ())))
-        return side
-
-    monkeypatch.setattr(fid, "describe", watched)
-    measured(tmp_path / "a.npz", tmp_path / "s.npz")
-    measured(tmp_path / "a.npz")
-    assert kept == [0, 0, 0]
-    measured(tmp_path / "a.npz", tmp_path / "a.npz")
-    assert kept[3:] == [9, 9]
 
 
 # ---- Inception
