@@ -33,7 +33,7 @@ def seen_by_the_teacher(path) -> tuple[dict, list[str]]:
     f_c, f_u = both_features(teacher, x_t, t, y, [depth])[depth]
     colours = pca_rgb(f_u, f_c, f_u + s * (f_c - f_u))
     rows = {"picture": to_images(vae, x0), f"noisy,\nt = {T:g}": to_images(vae, x_t)}
-    titles = "f_u", "f_c", f"f_g,\ns = {s:g}"
+    titles = "f_u:\nno label", "f_c:\nlabel", f"f_g:\ns = {s:g}"
     return rows | dict(zip(titles, colours, strict=True)), folder.meta["classes"]
 
 
