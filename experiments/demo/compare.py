@@ -18,7 +18,11 @@ from experiments.cifar10 import judge
 from experiments.cifar10.report import compute, read_run
 from experiments.demo.toy import mean_and_error, sentence
 
-RUNS, JUDGE, RESULTS = Path("out/compare"), Path("data/shapes-judge.pt"), Path("docs/results.md")
+RUNS, JUDGE, RESULTS = (
+    Path("out/compare"),
+    Path("data/shapes/classifier.pt"),
+    Path("docs/results.md"),
+)
 STUDENT = "SiT-Ti/4"
 ARMS = {"stage2": "stage 2", "vanilla-steps": "vanilla", "vanilla-compute": "vanilla"}
 COMPARED = {"vanilla-steps": "equal steps", "vanilla-compute": "equal total compute"}

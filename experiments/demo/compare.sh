@@ -47,8 +47,8 @@ seeds() {
 
 figures
 export OMP_NUM_THREADS=1 # two seeds side by side, one core each
-unless data/shapes-judge.pt python -m experiments.cifar10.judge train data/shapes --steps 300 \
-    --width 16 --out data/shapes-judge.pt
+unless data/shapes/classifier.pt python -m experiments.cifar10.judge train data/shapes \
+    --steps 300 --out data/shapes/classifier.pt
 part "On the second core: seeds 2 and 6 (out/compare/second.log)"
 seeds 2 6 > $D/second.log 2>&1 &
 other=$!

@@ -25,7 +25,7 @@ def seen_by_the_teacher(path) -> tuple[dict, list[str]]:
     """({title: pictures (classes, S, S, 3) uint8}, names) of each class's first image, as it is,
     with noise, and as the teacher's tokens in three principal components of all that is shown."""
     teacher, saved = load_teacher(path)
-    folder = find_latents(saved["args"]["data"], teacher)
+    folder = find_latents(saved["args"]["data"], teacher, saved["meta"]["classes"])
     vae, s, depth = find_vae(None, folder.meta), saved["scale"], saved["depth"]
     labels = folder.labels.numpy()
     firsts = np.array([np.flatnonzero(labels == label)[0] for label in np.unique(labels)])
