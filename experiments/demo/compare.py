@@ -115,10 +115,11 @@ def main():
         for cfg, name in GUIDANCE.items():
             say(sentence(found["stage2", cfg][0], found[arm, cfg][0], f"{condition}, {name}"))
     (distance, share), (vanilla_distance, vanilla_share) = (x.mean(axis=0) for x in cifar.values())
+    seeds = f"{len(cifar['stage 2'])} seeds"
+    where = f"SiT-W, equal total compute, w = 2, by a judge from outside, {seeds}, docs/results.md"
     say(
-        f"CIFAR-10 (docs/results.md: SiT-W, equal total compute, w = 2, a judge from outside, two "
-        f"seeds): class {share:.1f} and {vanilla_share:.1f} %, distance {distance:.0f} and "
-        f"{vanilla_distance:.0f} (lower is better)"
+        f"CIFAR-10 ({where}): class {share:.1f} and {vanilla_share:.1f} %, "
+        f"distance {distance:.0f} and {vanilla_distance:.0f} (lower is better)"
     )
     with common.atomic_write(RUNS / "compare.png") as file:
         draw(found, cifar).savefig(file, format="png", dpi=110)

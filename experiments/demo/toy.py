@@ -337,10 +337,10 @@ def main():
     top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.15])
     draw_features(top.subplots(1, 5), x0, x_t, y, features, args.guide_scale)
     axes = bottom.subplots(1, 4, width_ratios=[1, 1, 1, 1.3])
-    panels = {"vanilla": (0, args.steps), "stage 2, equal compute": (args.seeds, equal)}
+    panels = {"samples of vanilla": (0, args.steps), "stage 2, equal compute": (args.seeds, equal)}
     panels["stage 2, equal steps"] = args.seeds, args.steps
     for axis, (name, (row, step)) in zip(axes, panels.items(), strict=False):
-        title = f"samples of {name}\nright: {100 * right[step][row].double().mean():.0f} %"
+        title = f"{name}\nright: {100 * right[step][row].double().mean():.0f} %"
         draw_points(axis, samples[step][row], asked, right[step][row], title, 9)
         axis.set(xlim=(-2.1, 2.1), ylim=(-2.1, 2.1))
     steps = torch.tensor(checkpoints)
