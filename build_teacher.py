@@ -64,9 +64,9 @@ def main():
     student = {**saved["args"], "model": args.student or name}
     ratio = model.forward_flops() / models.build_for(student, saved["meta"]).forward_flops()
     more = 2 / 3 * ratio * depth / model.depth  # f_c and f_u; a training step is three passes
-    dearer = f"{(models.q_of(0.7) - models.q_of(0.4)) * more:.1%} (all t: {more:.1%})"
+    dearer = f"{(models.q_of(0.7) - models.q_of(0.4)) * more:.1%} dearer (all t: {more:.1%})"
     took = f"as much as {ratio * step:.0f} steps of {student['model']} (P1 not counted)"
-    say(f"cost: training it took {took}; it makes a guided step dearer by {dearer}")
+    say(f"cost: training it took {took}; it makes a guided step {dearer}")
     content = {key: saved[key] for key in ("format", "args", "meta", "step")}
     content.update(depth=depth, scale=args.guide_scale, teacher=model.cut(depth).state_dict())
     with common.atomic_write(out) as file:

@@ -53,11 +53,12 @@ def parse_settings(Settings: type, doc: str):
     settings = Settings(**vars(parser.parse_args()))
     for f in fields(Settings):
         value, broken = getattr(settings, f.name), ""
-        # Whole numbers count something; no number is infinite, or NaN
-        always = {int: {"at_least": 1}, float: {"below": float("inf")}}.get(type(value), {})
-        for rule, limit in {**always, **f.metadata}.items():
+        whole = {"at_least": 1} if type(value) is int else {}  # whole numbers count something
+        for rule, limit in {**whole, **f.metadata}.items():
             if rule in RULES and value is not None and not RULES[rule](value, limit):
                 broken = f"{rule.replace('_', ' ')} {limit}"
+        if isinstance(value, float) and not abs(value) < float("inf"):
+            broken = "a finite number"
         if broken or (value == "" and f.default != ""):
             refuse(f"{flag(f.name)} {value}".rstrip() + f": must be {broken or 'a word'}")
     return settings
@@ -154,7 +155,7 @@ def load_file(path, format=None) -> dict:
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """A binary file for writing. `path` is the old file, or none, until the new one is whole."""
+    """A file for bytes. `path` is the old file, or none, until the new one is whole."""
     temporary = Path(f"{path}.tmp")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -166,8 +167,8 @@ def atomic_write(path):
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        what = "could not be written, nothing is lost; make room, or write to a local disk"
-        raise UserError(f"{path}: {what} ({error})") from error
+        fix = f"make room, or take a local disk ({error})"
+        raise UserError(f"{path}: could not be written, nothing is lost; {fix}") from error
 
 
 def lock(folder):
@@ -228,12 +229,11 @@ def fingerprint(*items) -> str:
 
 
 def progress(what, items, world=1):
-    """The `items`, one by one; prints how far it is: at the first, the last, every 5 seconds."""
+    """The `items`, one by one; prints how far it is: first, last and every 5 seconds."""
     start, shown = time.time(), 0.0
     for done, item in enumerate(items, 1):
         yield item
-        now = time.time()
-        if now > shown + 5 or done == len(items):
+        if (now := time.time()) > shown + 5 or done == len(items):
             shown, rate = now, done / (now - start + 1e-9)
             far = f"{what} {done * world}/{len(items) * world}"
             say(f"{far}  {rate * world:.1f}/s  {(len(items) - done) / rate:.0f} s left")

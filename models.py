@@ -38,8 +38,7 @@ def parse_name(name: str) -> tuple[Size, int]:
     """The Size and the patch side that a name such as "SiT-B/2" stands for."""
     size, _, patch = name.removeprefix("SiT-").partition("/")
     if size not in SIZES or patch not in ("1", "2", "4", "8"):
-        known = f"{', '.join(SIZES)} with patches of 1, 2, 4 or 8"
-        raise UserError(f"--model {name}: must be a name such as SiT-XL/2; there are {known}")
+        raise UserError(f"--model {name}: must be like SiT-XL/2, of {[*SIZES]} and 1, 2, 4 or 8")
     return SIZES[size], int(patch)
 
 
@@ -144,8 +143,7 @@ class SiT(nn.Module):
         super().__init__()
         depth, width, heads = size.depth, size.width, size.heads
         self.depth, self.width, self.patch = depth, width, patch
-        self.input_size, self.in_channels = input_size, in_channels
-        self.num_classes = num_classes
+        self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(in_channels, width, patch, patch)})
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, width)})
@@ -249,7 +247,8 @@ def load_checkpoint(path, weights="ema", null_label_for="") -> tuple[SiT, dict]:
             weights = "ema" if weights == "best" and "ema" in saved and initial < 0.1 else alone
         model.load_state_dict(saved[weights])
     if weights == "ema" and initial >= 0.1:  # the share of the initial weights in the average
-        raise UserError(f"{path}: averages {initial:.0%} untrained weights; try --weights model")
+        remedy = "use --weights model" if alone == "model" else "take a later checkpoint"
+        raise UserError(f"{path}: its average is {initial:.0%} untrained; {remedy}")
     if null_label_for and args["label_drop"] == 0:
         raise UserError(f"{path}: {null_label_for} needs a null label; --label-drop 0 trained none")
     return model.eval(), saved

@@ -294,7 +294,7 @@ def parallel(network, args):
 
 
 def adamw(weights, args) -> torch.optim.AdamW:
-    """The optimizer of some weights. It may have several groups, each with a rate of its own."""
+    """The optimizer of some weights, maybe in several groups with rates of their own."""
     optimizer = torch.optim.AdamW(weights, args.lr, (0.9, 0.999), weight_decay=0, fused=True)
     optimizer.rates = [group["lr"] for group in optimizer.param_groups]  # after the warm-up
     return optimizer
@@ -363,7 +363,8 @@ class State:
             raise UserError(f"{args.out}: was moved; its checkpoints are beside {now}, go on there")
         tensors = [self.sums, *self.model.parameters(), *self.ema.parameters()]
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
-            fix = "the last checkpoint is good: continue with a lower --lr, --clip or weight"
+            newest = next(iter(models.checkpoints(args.out)), "the beginning")
+            fix = f"continue from {newest} with a lower --lr, --clip or weight"
             raise UserError(f"step {self.step} (or one since the last line) is not finite; {fix}")
 
     def parts(self) -> dict:
@@ -388,8 +389,8 @@ class State:
             if rank == 0:
                 with common.atomic_write(path) as file:
                     torch.save(content, file)
-                oldest = models.checkpoints(args.out)[args.keep :]
-                for old in [*oldest, *path.parent.glob("*-*.pt.tmp")]:
+                others = [old for old in models.checkpoints(args.out) if old != path]
+                for old in [*others[args.keep - (kind == "ckpt") :], *path.parent.glob("*.pt.tmp")]:
                     old.unlink(missing_ok=True)  # .tmp: what a killed save has left
         except (UserError, OSError) as error:
             failure = f"stopped after step {self.step}: {error}; run it again"

@@ -247,15 +247,15 @@ class Images(Dataset):
             empty = [name for name, files in zip(self.classes, below, strict=True) if not files]
             if empty or not below:
                 raise UserError(f"{root}: needs a folder for each class; empty: {empty}")
-            if len(below) <= 3:  # train and val, or what a ZIP file was unpacked to
+            splits = "train training val valid validation test testing images __macosx".split()
+            if len(below) == 1 or {name.lower() for name in self.classes} & {*splits}:
                 warn(f"{root}: each folder in it becomes a class: {', '.join(self.classes[:10])}")
         self.files, sizes = map(list, zip(*found, strict=True))  # no times: a copy has others
         self.names = [os.path.relpath(path, root) for path in self.files]
         some = range(0, len(found), 1 + len(found) // 64)
         readable = [Path(self.files[i]) for i in some if os.access(self.files[i], os.R_OK)]
         self.identity = fingerprint(self.names, sizes, [path.read_bytes() for path in readable])
-        looks = [self[i][0] for i in some]
-        most = max((int(pixels.max()) for pixels in looks if pixels is not None), default=255)
+        most = max((int(x.max()) for x, _ in [self[i] for i in some] if x is not None), default=255)
         if most <= 64:  # a quarter of white
             warn(f"{root}: no pixel is above {most * white // 255} of {white}; give --white NUMBER")
         names = f"{len(self.classes)} classes ({', '.join(self.classes[:10])})"
@@ -287,8 +287,9 @@ class LatentFolder:
             if found != (np.float16, (N, 2 * C, H, W), (N,)) or H != W:
                 raise ValueError(f"moments.npy and labels.npy are {found}, of {H} x {W}")
             inside = ((labels >= 0) & (labels < len(meta["classes"]))).all()
-            if meta["format"] != FORMAT or not inside or not 0 < meta["scale"] < float("inf"):
-                raise ValueError("its format, its scale or one of its labels is impossible")
+            scale, kind = meta["scale"], meta["format"]
+            if kind != FORMAT or not inside or not 0 < scale < float("inf"):
+                raise ValueError(f"labels {labels.min()} to {labels.max()}, {scale}, format {kind}")
             some = self.moments[np.linspace(0, N - 1, min(N, 64)).astype(int)]
             meta["identity"] = fingerprint(self.labels, meta["classes"], meta["scale"], some)
             meta.setdefault("vae", {"path": None, "identity": None})
@@ -354,9 +355,8 @@ def finish(images, vae, moments, done, meta, out):
     some = moments[: len(kept) : 1 + len(kept) // 4096].astype(float)
     mean, std = np.split(some, 2, axis=1)
     meta["std"] = float(vae.scale * np.sqrt(mean.var() + (std**2).mean()))  # of x0
-    meta |= {"format": FORMAT, "num_images": len(kept), "scale": vae.scale}
-    meta["classes"] = images.classes
-    meta |= zip(("channels", "height", "width"), mean.shape[1:], strict=True)
+    meta |= {"format": FORMAT, "num_images": len(kept), "classes": images.classes}
+    meta |= zip(("scale", "channels", "height", "width"), (vae.scale, *mean.shape[1:]), strict=True)
     with common.atomic_write(out / "labels.npy") as file:
         np.save(file, np.array(images.labels, dtype=np.int64)[kept])
     for name, content in (("files", [images.names[i] for i in kept]), ("meta", meta)):

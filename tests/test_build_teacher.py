@@ -143,7 +143,9 @@ def test_a_converted_teacher_knows_labels_alone(refused, runs, latents, tmp_path
     call(train_stage2, *flags, "--data", latents, "--out", tmp_path / "a")
     assert "does not say which latents" in capsys.readouterr().err
     more = ["--data", relabelled(latents, tmp_path / "more", classes=[*numbers, "one more"])]
-    refused("train_stage2.py", *flags, *more, "--out", tmp_path / "b", says=["classes 8, not 9"])
+    refused(
+        "train_stage2.py", *flags, *more, "--out", tmp_path / "b", says=["8 classes", "here are 9"]
+    )
 
 
 def test_a_rebuilt_teacher_is_the_same_one_and_another_is_not(refused, runs, latents, tmp_path):

@@ -198,7 +198,7 @@ def test_each_figure_is_printed_and_written(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_precision_of_f_g(monkeypatch, tmp_path):
-    flags = "--only precision --train-steps 50".split()
+    flags = "--only f_g --train-steps 50".split()
     figures = bench_figures(monkeypatch, tmp_path, *flags, wanted=["precision"])
     [found] = figures.values()
     gap, exact, half, brain = found.values()

@@ -95,7 +95,7 @@ class Judge:
     identity: str  # another judge has another one
     size: int | None  # S; None for older files, which do not say it
     classes: int
-    names: list[str] | None  # of the classes; None for older files, which do not say them
+    names: list[str] | None = None  # of the classes; None for older files, which do not say them
 
 
 def load_judges(cnns, outsides, device) -> dict[str, Judge]:

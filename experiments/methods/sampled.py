@@ -39,7 +39,7 @@ class Bench:
         self.network, self.saved = models.load_checkpoint(ckpt, null_label_for=guided)
         self.vae = find_vae(None, self.saved["meta"])
         size = self.network.input_size * self.vae.factor
-        frontier.check_judges(self.judges, ckpt, size, self.network.num_classes)
+        frontier.check_judges(self.judges, ckpt, size, self.saved["meta"]["classes"])
         self.network = self.network.to(self.device)
         self.vae = self.vae.to(self.device, memory_format=torch.channels_last)
 
