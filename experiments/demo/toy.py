@@ -296,7 +296,7 @@ class Settings:
 def main():
     args = common.parse_settings(Settings, __doc__)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    figure = new_figure(10, 5.9)  # first: without matplotlib nothing is trained
+    figure = new_figure(10, 6.1)  # first: without matplotlib nothing is trained
     torch.set_num_threads(1)  # products this small are slower on two cores
 
     # Stage 1: block d1 predicts the velocity through P1
@@ -338,6 +338,7 @@ def main():
     for name, s in (("f_u", 0), ("f_c", 1), (f"f_g, s = {args.guide_scale:g}", args.guide_scale)):
         inputs = (each.expand(args.seeds, *each.shape) for each in (x_t, torch.full(y.shape, 0.5)))
         features[name] = guided_features(teacher, *inputs, y.expand(args.seeds, -1), s)[0]
+    figure.get_layout_engine().set(h_pad=0.07)  # inches
     top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.15])
     top.suptitle("The teacher's features of noisy points: f_g = f_u + s (f_c - f_u)")
     bottom.suptitle("Samples, of the same noise; grey: nearest to a spot of another class")
@@ -353,7 +354,7 @@ def main():
     curves = {"stage 2": (before + guided_step * steps, stage2), "vanilla": (steps, vanilla)}
     draw_curves(axes[-1], curves, args.steps)
     with common.atomic_write(args.out) as file:
-        figure.savefig(file, format="png", dpi=120)
+        figure.savefig(file, format="png", dpi=100)
     say(f"Look at {args.out}")
 
 
