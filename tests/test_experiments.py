@@ -26,7 +26,7 @@ from common import UserError
 from experiments.checkpoints import convert_sit, plot, probe
 from experiments.cifar10 import judge as judging
 from experiments.cifar10 import report
-from experiments.demo import shapes, sheet
+from experiments.demo import shapes
 from experiments.latents import convert_vae, small_vae
 from experiments.methods import repa_features
 from models import load_checkpoint
@@ -638,7 +638,7 @@ def save(*_):
         file.write("saved\\n")
     sys.exit(143)
 if os.environ.get("FAILS", "methods.sra") in words:
-    while "ENDLESS" in os.environ and "starts" not in open("out/demo/vanilla.log").read():
+    while "ENDLESS" in os.environ and "starts" not in open(os.environ["ENDLESS"]).read():
         time.sleep(0.02)
     sys.exit(1)
 if "ENDLESS" in os.environ and "train_stage1" in words:
@@ -695,13 +695,17 @@ def wait_for(sign, process):
         time.sleep(0.05)
 
 
+RUNS = ("stage1", "stage2", "vanilla")  # of each seed of compare.sh
+SECOND = "out/compare/second.log"  # what the second core's training says
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_the_demo_alone_is_ended_and_its_trainings_save(number, project):
+def test_the_comparison_alone_is_ended_and_its_trainings_save(number, project):
     """Both trainings, of which one is behind a second shell, hear SIGTERM, whatever ended it."""
-    process = project("demo/demo.sh", fake=True, ENDLESS="1")
+    process = project("demo/compare.sh", fake=True, ENDLESS=SECOND)
     assert any("starts" in line for line in process.stdout)
-    log = project.folder / "out/demo/vanilla.log"
+    log = project.folder / SECOND
     wait_for(lambda: "starts" in log.read_text(), process)
     assert len(living(project.folder)) == 4
     os.kill(process.pid, number)
@@ -711,13 +715,47 @@ def test_the_demo_alone_is_ended_and_its_trainings_save(number, project):
 
 
 @pytest.mark.slow
-def test_a_demo_that_fails_ends_the_other_training(project):
-    """Stage 1 fails while vanilla trains."""
-    process = project("demo/demo.sh", fake=True, ENDLESS="1", FAILS="SiT-N/4")
+def test_a_comparison_that_fails_ends_the_other_training(project):
+    """Seed 0's stage 1 fails while seed 2's trains."""
+    process = project("demo/compare.sh", fake=True, ENDLESS=SECOND, FAILS="compare/seed0/stage1")
     assert process.wait(600) == 1
     assert living(project.folder) == []
     calls = (project.folder / "calls").read_text()
     assert "saved" in calls and "build_teacher" not in calls
+
+
+@pytest.mark.slow
+def test_the_demo_alone_is_ended_and_its_training_saves(project):
+    process = project("demo/demo.sh", fake=True, ENDLESS="1")
+    assert any("starts" in line for line in process.stdout)
+    process.terminate()
+    assert process.wait(600) == 128 + signal.SIGTERM
+    assert living(project.folder) == []
+    assert (project.folder / "calls").read_text().splitlines().count("saved") == 1
+
+
+@pytest.mark.slow
+def test_the_demos_commands_and_the_comparisons(project):
+    """Each run is trained once, and takes what the command before it has made."""
+    assert project("demo/demo.sh", fake=True).wait(600) == 0
+    assert project("demo/compare.sh", fake=True).wait(600) == 0
+    calls = (project.folder / "calls").read_text().splitlines()
+    trained = [call for call in calls if "train_stage" in call]
+    outs = [re.search(r"--out (\S+)", words)[1] for words in trained]
+    kinds = [f"out/compare/seed{seed}/{run}" for seed in (0, 2, 4, 6) for run in RUNS]
+    assert sorted(outs) == sorted(["out/demo/stage1", "out/demo/stage2", *kinds])
+    for words in trained:
+        if "train_stage2" in words:
+            teacher = re.search(r"--teacher (\S+)/teacher.pt", words)[1]
+            (built,) = [c for c in calls if "build_teacher" in c and f"--out {teacher}" in c]
+            assert re.search(r"--ckpt (\S+)", built)[1] in outs
+            steps = re.search(r" --steps (\d+)", words)[1]
+            assert f"--guide-steps {steps} " in words  # guidance to the end
+    for seed in (0, 2, 4, 6):
+        seeds = [re.search(r"--seed (\d+)", c)[1] for c in trained if f"seed{seed}/" in c]
+        assert sorted(seeds) == sorted(map(str, (seed, seed + 1, seed + 1)))
+    assert sum("sample.py" in words for words in calls) == 4 + 4 * 3 * 2
+    assert "experiments.demo.page" in "".join(calls) and "demo.compare" in calls[-1]
 
 
 @pytest.mark.slow
@@ -775,55 +813,3 @@ def test_the_experiment_alone_is_ended_and_its_trainings_save(project):
     assert process.wait(600) == 128 + signal.SIGTERM
     assert living(project.folder) == []
     assert calls.read_text().splitlines().count("saved") == 2
-
-
-def test_the_demos_last_page(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    demo, picture = Path("out/demo"), Path("out/demo/demo.png")
-    refused(sheet, says=["classifier.pt"], out=picture)
-    torch.manual_seed(0)
-    cnn, folder = judging.CNN(10, 4).eval(), Path("data/shapes")
-    folder.mkdir(parents=True)
-    known = {"mu": torch.zeros(128), "sigma": torch.eye(128), "reference": torch.zeros(9, 128)}
-    saved = {"model": cnn.state_dict(), "classes": 10, "width": 4, "size": 32, **known}
-    torch.save(saved, folder / "classifier.pt")
-    refused(sheet, says=["out/demo/stage2"], out=picture)
-    for run, source in (("stage2", "stage2"), ("vanilla", "stage1")):
-        shutil.copytree(runs / source, demo / run)
-    refused(sheet, says=["samples-stage2-cfg1"], out=picture)
-    images = np.random.default_rng(0).integers(0, 256, (60, 32, 32, 3), np.uint8)
-    for name in ("stage2", "vanilla"):
-        for cfg in (1, 3):
-            samples = demo / f"samples-{name}-cfg{cfg}/samples.npz"
-            samples.parent.mkdir()
-            seen = judging.describe(cnn, torch.from_numpy(images))[1].numpy()
-            labels = np.where(np.arange(60) < 15 * cfg, seen, (seen + 1) % 10)  # a share is right
-            np.savez(samples, arr_0=images, labels=labels)
-    refused(sheet, says=["features.png", "demo.sh"], out=picture)
-    (demo / "probe").mkdir()
-    Image.new("RGB", (448, 914)).save(demo / "probe/features.png")
-    call(sheet)
-    said = capsys.readouterr().out.splitlines()
-    shares = [line.split()[-4:] for line in said if line.startswith("class asked for")]
-    assert shares == [["25.0", "%", "25.0", "%"], ["75.0", "%", "75.0", "%"]]
-    cost = report.compute(demo / "stage2", 8, "SiT-Ti/4")
-    total = [line for line in said if line.startswith("total compute")][0].split()
-    assert total[-2] == f"{cost:,.0f}"
-    assert Image.open(picture).size == (1680, 1320)
-
-
-def test_a_wrong_class_is_framed():
-    images = torch.randint(0, 256, (24, 8, 8, 3), dtype=torch.uint8)
-    labels, seen = torch.arange(24) % 4, torch.arange(24) % 4
-    seen[[1, 6]] = 0
-
-    def cnn(batch):  # the order of the images says which label is seen
-        return batch.flatten(1)[:, :1].float(), torch.eye(4)[seen[: len(batch)]]
-
-    pixels = sheet.framed_grid(cnn, images, labels, 4)
-    assert pixels.shape == (sheet.ROWS * 14, 4 * 14, 3)
-    framed = [
-        tuple(pixels[r * 14 + 1, c * 14 + 1]) == (220, 30, 30) for r in (0, 1) for c in range(4)
-    ]
-    assert framed == [False, True, False, False, False, False, True, False]
-    assert np.array_equal(pixels[14 + 3 : 14 + 11, 3:11], images[4].numpy())

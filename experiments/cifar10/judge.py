@@ -1,4 +1,4 @@
-"""The judge of the demo and of the experiment: a small CNN, trained on a latent folder's images.
+"""The judge of compare.sh and cifar10.sh: a small CNN, trained on a latent folder's images.
 
     python experiments/judge.py train data/shapes --out data/shapes/classifier.pt
     python experiments/judge.py judge data/shapes/classifier.pt out/samples/samples.npz ...

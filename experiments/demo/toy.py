@@ -251,17 +251,21 @@ def draw_features(axes, x0, x_t, y, features, s):
     """The data, the same with noise, and three panels of `features`, {title: (N, D)}, f_g last,
     along the two directions in which the classes' means of f_g differ most, at one scale."""
     everyone = torch.ones_like(y, dtype=torch.bool)
-    draw_points(axes[0], x0, y, everyone, "data: a colour is a class\n")
-    draw_points(axes[1], x_t, y, everyone, "the same with noise, t = 0.5\n")
+    draw_points(axes[0], x0, y, everyone, "data\na colour is a class")
+    draw_points(axes[1], x_t, y, everyone, "x_t\nwith noise, t = 0.5")
+    for axis in axes[:2]:
+        axis.set(xlim=(-2.1, 2.1), ylim=(-2.1, 2.1))
     f_g = [*features.values()][-1]
     means = torch.stack([f_g[y == label].mean(dim=0) for label in range(CLASSES)])
     directions = torch.linalg.svd(means - means.mean(dim=0))[2][:2].T
-    reach = ((f_g - f_g.mean(dim=0)) @ directions).abs().quantile(0.98).item()
+    low, high = ((f_g - f_g.mean(dim=0)) @ directions).quantile(torch.tensor([0.01, 0.99]), dim=0)
+    middle, reach = (low + high) / 2, 0.55 * (high - low).max()
     for axis, (name, f) in zip(axes[2:], features.items(), strict=True):
         share = 100 * neighbours_class(f, y)
-        title = f"{name}\nclass by neighbours: {share:.0f} %"
+        title = f"{name}\nclass by neighbours {share:.0f} %"
         draw_points(axis, (f - f.mean(dim=0)) @ directions, y, everyone, title)
-        axis.set(xlim=(-reach, reach), ylim=(-reach, reach))
+        axis.set_xlim(middle[0] - reach, middle[0] + reach)
+        axis.set_ylim(middle[1] - reach, middle[1] + reach)
 
 
 def draw_curves(axis, curves, total):
@@ -274,7 +278,7 @@ def draw_curves(axis, curves, total):
     axis.axvline(total, color="0.6", linestyle=":")
     axis.axhline(100 / CLASSES, color="0.6", linestyle="--", linewidth=0.8)
     axis.set_xlabel("total compute, in steps of vanilla", fontsize=9)
-    axis.set_title("% in the class asked for\nmean and standard error", fontsize=10)
+    axis.set_title("all seeds: % in the class asked for,\nmean and standard error", fontsize=10)
     axis.set(xlim=(0, None), ylim=(0, None))
     axis.legend(fontsize=9, loc="upper left", frameon=False)
 
@@ -292,7 +296,7 @@ class Settings:
 def main():
     args = common.parse_settings(Settings, __doc__)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    figure = new_figure(10, 6.3)  # first: without matplotlib nothing is trained
+    figure = new_figure(10, 6.1)  # first: without matplotlib nothing is trained
     torch.set_num_threads(1)  # products this small are slower on two cores
 
     # Stage 1: block d1 predicts the velocity through P1
@@ -334,21 +338,24 @@ def main():
     for name, s in (("f_u", 0), ("f_c", 1), (f"f_g, s = {args.guide_scale:g}", args.guide_scale)):
         inputs = (each.expand(args.seeds, *each.shape) for each in (x_t, torch.full(y.shape, 0.5)))
         features[name] = guided_features(teacher, *inputs, y.expand(args.seeds, -1), s)[0]
+    figure.get_layout_engine().set(h_pad=0.07)  # inches
     top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.15])
+    top.suptitle("The teacher's features of noisy points: f_g = f_u + s (f_c - f_u)")
+    bottom.suptitle("Samples, of the same noise; grey: nearest to a spot of another class")
     draw_features(top.subplots(1, 5), x0, x_t, y, features, args.guide_scale)
     axes = bottom.subplots(1, 4, width_ratios=[1, 1, 1, 1.3])
-    panels = {"samples of vanilla": (0, args.steps), "stage 2, equal compute": (args.seeds, equal)}
+    panels = {"vanilla": (0, args.steps), "stage 2, equal total compute": (args.seeds, equal)}
     panels["stage 2, equal steps"] = args.seeds, args.steps
     for axis, (name, (row, step)) in zip(axes, panels.items(), strict=False):
-        title = f"{name}\nright: {100 * right[step][row].double().mean():.0f} %"
+        title = f"{name}\n{100 * right[step][row].double().mean():.0f} % in the class asked for"
         draw_points(axis, samples[step][row], asked, right[step][row], title, 9)
         axis.set(xlim=(-2.1, 2.1), ylim=(-2.1, 2.1))
     steps = torch.tensor(checkpoints)
     curves = {"stage 2": (before + guided_step * steps, stage2), "vanilla": (steps, vanilla)}
     draw_curves(axes[-1], curves, args.steps)
     with common.atomic_write(args.out) as file:
-        figure.savefig(file, format="png", dpi=120)
-    say(f"Look at {args.out}: grey samples are nearest to a spot of another class")
+        figure.savefig(file, format="png", dpi=100)
+    say(f"Look at {args.out}")
 
 
 if __name__ == "__main__":
