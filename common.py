@@ -23,7 +23,7 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun
 IS_FIRST = os.environ.get("RANK") == "0" or not all(name in os.environ for name in TORCHRUN)
 
 # ---- Settings: a dataclass. Each field is a flag, and the comment behind it is its --help
-RULES = {"at_least": ge, "above": gt, "below": lt, "at_most": le}  # what a number can be held to
+RULES = {"at_least": ge, "above": gt, "below": lt, "at_most": le}  # what holds a number
 
 
 def setting(default, **rules):
@@ -84,16 +84,14 @@ def run(main):
         status = stop.code
     except KeyboardInterrupt:
         status = 130
-    except (UserError, OSError) as error:
-        status = 2
-        if not IS_FIRST:
-            time.sleep(3)  # the first process reports, then torchrun ends the others
-        say(f"{Path(sys.argv[0]).name}: error: {error}", sys.stderr, rank_0_alone=False)
     except Exception as error:
         compiling = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
-        status = 2 if compiling else 1
-        if compiling:
-            say(f"error: torch.compile failed; use --no-compile ({error})"[:300], sys.stderr)
+        status = 2 if compiling or isinstance(error, (UserError, OSError)) else 1
+        if status == 2 and not IS_FIRST:
+            time.sleep(3)  # the first process reports, then torchrun ends the others
+        what = f"torch.compile failed; use --no-compile ({error})"[:300] if compiling else error
+        if status == 2:
+            say(f"{Path(sys.argv[0]).name}: error: {what}", sys.stderr, rank_0_alone=False)
         else:
             traceback.print_exc()
     if dist.is_initialized():
@@ -105,7 +103,7 @@ def run(main):
 
 
 def say(text, stream=None, rank_0_alone=True):
-    """Print one line. What the terminal cannot show is escaped: a file name may hold any of it."""
+    """Print one line. What the terminal cannot show, and a name may hold, is escaped."""
     stream = stream or sys.stdout  # or None: a daemon has closed it
     if stream is None or (rank_0_alone and not IS_FIRST):
         return
@@ -168,7 +166,8 @@ def atomic_write(path):
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: could not be written, nothing is lost ({error})") from error
+        what = "could not be written, nothing is lost; make room, or write to a local disk"
+        raise UserError(f"{path}: {what} ({error})") from error
 
 
 def lock(folder):
@@ -201,11 +200,11 @@ def setup(device="auto") -> tuple[torch.device, int, int]:
     found = [f"{name}={os.environ[name]}" for name in TORCHRUN if name in os.environ]
     if len(found) < len(TORCHRUN):
         if found:
-            warn(f"{' '.join(found)}: the rest of {TORCHRUN} is not set; this process runs alone")
+            warn(f"{' '.join(found)}: the rest of {TORCHRUN} is not set; it runs alone")
         elif "SLURM_PROCID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
             warn("Slurm's tasks do not know of each other; start them with torchrun (README.md)")
         return torch.device(device), 0, 1
-    with reading(" ".join(found), "no torchrun answers there; unset these variables"):
+    with reading(" ".join(found), "the others are not found; unset these, or see docs/jobs.md"):
         if not dist.is_initialized():  # gloo carries CPU tensors, NCCL CUDA's
             dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
     return torch.device(device), dist.get_rank(), dist.get_world_size()
@@ -243,12 +242,10 @@ def progress(what, items, world=1):
 def shared_array(path, shape, dtype, rank) -> np.ndarray:
     """An array on disk, zeros at first, that processes fill and a killed run goes on with."""
     if rank == 0 and not path.exists():
-        temporary = path.with_suffix(".tmp")
-        array = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
-        if hasattr(os, "posix_fallocate"):  # not on macOS
-            with open(temporary, "r+b") as file:  # a full disk is an error here, no crash later
-                os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
-        os.replace(temporary, path)
+        with atomic_write(path) as file:  # a full disk is an error here, no crash later
+            np.lib.format.open_memmap(file.name, "w+", dtype, shape)
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
     gather()  # the others wait
     with reading(path, "is damaged; remove it and run the same command again"):
         return np.load(path, mmap_mode="r+")

@@ -30,7 +30,7 @@ SIZES = {  # depth, width, heads, d1, dt, ds
     "XL": Size(28, 1152, 16, 8, 19, 14),
 }
 
-# t = t_of(q) of a uniform q, and q = q_of(t); for another distribution assign two functions here
+# t = t_of(q) of a uniform q, and q = q_of(t); for another distribution assign two others here
 t_of = q_of = nn.Identity()
 
 
@@ -138,7 +138,7 @@ def xavier_linear(module):
 
 
 class SiT(nn.Module):
-    """Velocity network v_theta(x_t, t, y). `build_for` makes one by name."""
+    """Velocity network v_theta(x_t, t, y), where y = num_classes is the null label."""
 
     def __init__(self, size: Size, patch, input_size, in_channels, num_classes, qk_norm):
         super().__init__()
@@ -148,8 +148,7 @@ class SiT(nn.Module):
         self.num_classes = num_classes
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(in_channels, width, patch, patch)})
         self.t_embedder = TimestepEmbedder(width)
-        labels = nn.Embedding(num_classes + 1, width)  # the last one is the null label
-        self.y_embedder = nn.ModuleDict({"embedding_table": labels})
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, width)})
         self.register_buffer("pos_embed", sincos_2d(width, input_size // patch))
         self.blocks = nn.ModuleList(SiTBlock(width, heads, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch, in_channels)

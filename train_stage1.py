@@ -5,7 +5,7 @@ settings, draws, losses, loop, state, log; last, stage 1 itself (arXiv 2601.0777
 
 Training is a function of the step: (seed, epoch) decides the order of the images, (seed, k) all
 that is random in step k, for the whole batch, of which each process takes its rows. So the same
-command continues a killed run: bit for bit on a CPU, to rounding on other numbers of processes.
+command continues a killed run: bit for bit on a CPU with up to two processes, to rounding on more.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ class TrainSettings:
     ema_ramp: bool = False  # decay at most (1 + step) / (10 + step), for short runs
     label_drop: float = setting(0.1, at_least=0, below=1)  # fraction of null labels
     seed: int = setting(0, at_least=0, at_most=2**63 - 1)  # seed of everything random
-    t_min: float = setting(0.4, at_least=0, at_most=1)  # L_aux counts from here (as released: 0)
+    t_min: float = setting(0.4, at_least=0, at_most=1)  # L_aux counts from here (released: 0)
     t_max: float = setting(0.7, at_least=0, at_most=1)  # up to here (as released: 1)
     projector_dim: int = 2048  # hidden width of the projector
     qk_norm: bool = True  # LayerNorm on each head's queries and keys
@@ -96,7 +96,7 @@ def draw(step, args, folder, device) -> Batch:
     options = {"generator": generator, "device": device}
     in_stratum, drop = torch.rand(2, B, **options)
     posterior, eps = torch.randn(2, B, *folder.shape, **options)
-    u = torch.rand(B, **options)  # whatever is new is drawn last: older draws stay what they are
+    u = torch.rand(B, **options)  # whatever is new is drawn last, so that older draws stay
     q = (torch.arange(B, device=device) + in_stratum) / B  # q_i in [i, i + 1) / B
     places = range(step * B, (step + 1) * B)  # in all epochs, one behind the other
     indices = [order_of_epoch(N, args.seed, i // N)[i % N] for i in places]
@@ -363,8 +363,7 @@ class State:
             raise UserError(f"{args.out}: was moved; its checkpoints are beside {now}, go on there")
         tensors = [self.sums, *self.model.parameters(), *self.ema.parameters()]
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
-            newest = next(iter(models.checkpoints(args.out)), "the beginning")
-            fix = f"continue from {newest} with a lower --lr, --clip or weight"
+            fix = "the last checkpoint is good: continue with a lower --lr, --clip or weight"
             raise UserError(f"step {self.step} (or one since the last line) is not finite; {fix}")
 
     def parts(self) -> dict:
@@ -393,7 +392,7 @@ class State:
                 for old in [*oldest, *path.parent.glob("*-*.pt.tmp")]:
                     old.unlink(missing_ok=True)  # .tmp: what a killed save has left
         except (UserError, OSError) as error:
-            failure = f"stopped after step {self.step}: {error}; make room and run it again"
+            failure = f"stopped after step {self.step}: {error}; run it again"
         if failure := common.gather(failure)[0]:
             raise UserError(failure)
 
@@ -417,7 +416,7 @@ def continued(path, args, folder) -> dict:
     older = {"t_of_quarters": "tensor([0.2500, 0.5000, 0.7500])"}  # what older versions lack
     before = {field.name: field.default for field in fields(args)} | older | saved["args"]
     same = saved["meta"]["identity"] == folder.meta["identity"]
-    before["data"] = args.data if same else "(other latents)"  # the content counts, not the path
+    before["data"] = args.data if same else "(other latents)"  # the content counts
     for key in sorted(before):
         difference = f"{common.flag(key)} {before[key]} -> {now.get(key, '(no such setting)')}"
         if before[key] == now.get(key) or change.get(key) == "free":
@@ -480,10 +479,9 @@ def heard_signals():
             signal.signal(number, before[number])
             os.kill(os.getpid(), number)
 
-    before = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):  # Slurm's
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            before[number] = signal.signal(number, hear)
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1  # Slurm's
+    numbers = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # as nohup does
+    before = {number: signal.signal(number, hear) for number in numbers}
     try:
         yield heard
     finally:

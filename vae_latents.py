@@ -109,8 +109,7 @@ class AutoencoderKL(nn.Module):
     def __init__(self, channels=(128, 256, 512, 512), latent_channels=4, layers=2, scale=1.0):
         super().__init__()
         groups = min(32, channels[0] // 4)
-        self.latent_channels = latent_channels
-        self.scale = scale  # x0 = scale * (mean + std * noise) has unit variance
+        self.latent_channels, self.scale = latent_channels, scale  # x0 = scale * latent
         self.factor = 2 ** (len(channels) - 1)  # of an image's side to its latent's
         self.encoder = Coder(3, 2 * latent_channels, channels, layers, groups, "down")
         self.decoder = Coder(latent_channels, 3, channels[::-1], layers + 1, groups, "up")

@@ -3,14 +3,19 @@
 import contextlib
 import json
 import os
+import runpy
 import signal
+import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from warm import Process
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -24,21 +29,66 @@ for number in (signal.SIGINT, signal.SIGHUP):
 
 TRAIN = "--model SiT-Ti/8 --batch-size 8 --lr 1e-3 --projector-dim 32 --log-every 2 --save-every 4"
 TRAIN = f"{TRAIN} --ema-ramp --device cpu".split()  # the average of a few steps is a trained one
+SMALL = [*TRAIN, *"--model SiT-N/4 --log-every 1 --save-every 2".split()]
+ENCODE = "--image-size 32 --batch-size 8 --device cpu".split()
+EULER = "--steps 2 --mode euler --device cpu".split()
+NULL = 10  # the null label of ten classes
 
 
-def script(name, *args, processes=1, env=None, timeout=600):
+STARTED = []
+
+
+def start(*command, **how):
+    """A script at work, or a module behind "-m", as a warm.Process; the test's end is its end."""
+    STARTED.append(Process(*command, **how))
+    return STARTED[-1]
+
+
+def torchrun(processes):
+    return "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"
+
+
+def script(name, *args, processes=1, env=None):
     """Run a script from ROOT, or a module such as experiments.machine.bench, under torchrun if
-    `processes` > 1; the CompletedProcess."""
+    `processes` > 1; the CompletedProcess. With an `env` it is a Python of its own, because torch
+    reads some variables when it is imported."""
     what = ["-m", name] if str(name).startswith("experiments.") else [ROOT / name]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run(
-        [sys.executable, *(torchrun if processes > 1 else []), *what, *map(str, args)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-    )
+    command = [*(torchrun(processes) if processes > 1 else []), *what, *args]
+    if env:
+        command = [sys.executable, *map(str, command)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    process = start(*command)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(process.command, process.returncode, out, err)
+
+
+def start_group(processes, script, *args, each=None):
+    """Start so many processes that know of each other as those of torchrun do, and that torchrun
+    does not watch. `each`: arguments for each one."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    members = []
+    for rank in range(processes):
+        env = {"RANK": str(rank), **world} if processes > 1 else {}
+        members.append(start(script, *args, *(each[rank] if each else ()), env=env))
+    return members
+
+
+def group(*args, **kwargs):
+    """`start_group`; when all have ended, (stdout, stderr, status) of each."""
+    members = start_group(*args, **kwargs)
+    return [(*member.communicate(), member.returncode) for member in members]
+
+
+def wait_for(stream, word):
+    """Read lines until one holds `word`."""
+    for line in stream:
+        if word in line:
+            return line
+    raise AssertionError(f"it ended without {word!r}")
 
 
 def ok(*args, **kwargs):
@@ -66,11 +116,58 @@ def own_signals():
         yield
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_left_running():
+    yield
+    for process in STARTED:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.close()
+    STARTED.clear()
+
+
 def call(module, *flags):
     """Run the main() of a script in this process, with these flags: sooner than `script`."""
     with pytest.MonkeyPatch.context() as patch, signals_kept():
         patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
         module.main()
+
+
+UNSAFE = ("weights_only", "allow_pickle", "unsafe", "trust", "can still be loaded")
+
+
+def refusal(capsys, monkeypatch, tmp_path):
+    """call(script, args..., says=[...]): run a script, or its module, and look at what it says."""
+
+    import common
+
+    def call(script, *args, says, keeps=tmp_path):
+        def content():
+            files = [f for f in sorted(keeps.rglob("*")) if f.is_file() and f.name != ".lock"]
+            return {f: f.read_bytes() for f in files if not f.is_symlink()}
+
+        before = content()
+        monkeypatch.setattr(sys, "argv", [getattr(script, "__file__", script), *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop, signals_kept():
+            if isinstance(script, str):
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            common.run(script.main)
+        err = "\n".join(x for x in capsys.readouterr().err.splitlines() if "warning" not in x)
+        assert stop.value.code == 2, err
+        assert err.count("\n") == 0 and ": error: " in err and "Traceback" not in err, err
+        assert err.isprintable() and not any(word in err for word in UNSAFE), err
+        for word in says:
+            assert str(word) in err, err
+        assert before == {f: x for f, x in content().items() if f in before}
+        return err
+
+    return call
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch, tmp_path):
+    return refusal(capsys, monkeypatch, tmp_path)
 
 
 def batch_indices(step, batch, images, seed) -> np.ndarray:
@@ -172,3 +269,82 @@ def runs(latents, tmp_path_factory):
     guide = ["--guide-steps", 5, "--teacher", out / "teacher/teacher.pt"]
     call(train_stage2, *train, *guide, "--out", out / "stage2")
     return out
+
+
+def teacher_file(folder, model, s=30.0, **flags):
+    """teacher.pt as build_teacher.py makes it of a checkpoint of `model`."""
+    import build_teacher
+    from models import SIZES
+
+    size = next(key for key, size in SIZES.items() if size[:2] == (model.depth, model.width))
+    write_checkpoint(folder / "whole.pt", model, f"SiT-{size}/{model.patch}")
+    flags = [x for key, value in flags.items() for x in (f"--{key.replace('_', '-')}", value)]
+    call(build_teacher, "--ckpt", folder / "whole.pt", "--out", folder, "--guide-scale", s, *flags)
+    return folder / "teacher.pt"
+
+
+def largest(a, b):
+    """The largest absolute difference."""
+    return (a - b).abs().max().item()
+
+
+def picture(seed, side=32):
+    """A flat colour, which is the seed's, with a little noise."""
+    rng = np.random.default_rng(seed)
+    noise = rng.integers(-30, 31, (side, side, 3))
+    return Image.fromarray((rng.integers(40, 216, 3) + noise).clip(0, 255).astype(np.uint8))
+
+
+def folder(root, names, each=3, ending="png"):
+    """An image folder with these classes."""
+    for label, name in enumerate(names):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(each):
+            picture(100 * label + i).save(root / name / f"{i}.{ending}")
+    return root
+
+
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory):
+    """The file of a tiny untrained VAE; with this scale its latents of `picture` have std 1."""
+    from vae_latents import AutoencoderKL
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("vae") / "vae.pt"
+    torch.save({"model": AutoencoderKL((8, 16), layers=1).state_dict(), "scale": 0.9}, path)
+    return path
+
+
+def encode(images, vae, out):
+    import vae_latents
+
+    call(vae_latents, "--images", images, "--vae", vae, "--out", out, *ENCODE)
+    return out
+
+
+@pytest.fixture(scope="session")
+def numbered(tmp_path_factory, vae):
+    """Classes named 0 to 11, which as text sort 0, 1, 10, 11, 2: latents, and a run of 2 steps."""
+    import train_stage1
+
+    root = tmp_path_factory.mktemp("numbered")
+    images = folder(root / "images", [str(i) for i in range(12)], each=2)
+    data = encode(images, vae, root / "data")
+    call(train_stage1, *SMALL, "--data", data, "--out", root / "run", "--steps", 2)
+    return types.SimpleNamespace(images=images, data=data, run=root / "run", vae=vae)
+
+
+def changed_checkpoint(run, path, meta=(), **args):
+    """A copy of the run's checkpoint whose latents or settings say something else."""
+    import models
+
+    saved = torch.load(models.checkpoints(run)[0], weights_only=True)
+    saved["meta"].update(dict(meta))
+    saved["args"].update(args)
+    torch.save(saved, path)
+    return path
+
+
+def samples_in(out):
+    with np.load(out / "samples.npz") as file:
+        return dict(file)

@@ -1,9 +1,10 @@
 """Equality with public counterparts.
 
-diffusers' VAE, timm's blocks, torch-fidelity's and pytorch-fid's Inception, published formulas.
+diffusers' VAE, REPA's checkpoints, torch-fidelity's and pytorch-fid's Inception, formulas.
 """
 
 import argparse
+import functools
 import json
 import math
 
@@ -12,40 +13,32 @@ import pytest
 import scipy.linalg
 import torch
 import torch.nn as nn
-from conftest import build, call, ok, script, tiny, write_checkpoint
+from conftest import call, largest, ok, script, tiny, write_checkpoint
 
 import fid
-import sample as sampling
 from common import UserError
 from experiments.checkpoints import convert_sit
 from experiments.latents import convert_vae
-from models import SIZES, load_checkpoint, parse_name
-from sample import sample
+from models import SIZES, load_checkpoint
 from vae_latents import AutoencoderKL, load_vae
-
-
-def largest(a, b):
-    """The largest absolute difference."""
-    return (a - b).abs().max().item()
-
 
 # ---- the VAE against diffusers
 
 
-@pytest.fixture(scope="module")
-def sd_vae():
-    """diffusers' AutoencoderKL at Stable Diffusion's size, random, and its results for an image."""
+@functools.cache
+def random_vae(widths):
+    """diffusers' AutoencoderKL of these widths, random, and its results for an image."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     theirs = diffusers.AutoencoderKL(
         in_channels=3,
         out_channels=3,
         latent_channels=4,
-        block_out_channels=(128, 256, 512, 512),
+        block_out_channels=widths,
         layers_per_block=2,
         down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4,
-        norm_num_groups=32,
+        norm_num_groups=min(32, widths[0] // 4),
         scaling_factor=0.13025,
     ).eval()
     for p in theirs.parameters():
@@ -93,14 +86,19 @@ def compvis_names(state):
     return out
 
 
+STABLE_DIFFUSION, SMALLER = (128, 256, 512, 512), (32, 64, 128, 128)
+
+
 LAYOUTS = ["folder", "new.safetensors", "new.bin", "old.bin", "compvis.ckpt", "compvis.pt"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_vae_equals_diffusers(sd_vae, layout, tmp_path):
-    """As diffusers saves it, and as it was published otherwise, converted; the scale is theirs."""
-    theirs, image, mean, std, decoded = sd_vae
+def test_vae_equals_diffusers(layout, tmp_path):
+    """As diffusers saves it, at Stable Diffusion's size, and as it was published otherwise, with
+    fewer channels; converted; the scale is theirs."""
+    widths = STABLE_DIFFUSION if layout == "folder" else SMALLER
+    theirs, image, mean, std, decoded = random_vae(widths)
     state, path, scale = theirs.state_dict(), tmp_path / layout, ["--scale", 0.18215]
     if layout.startswith("old"):
         state = old_names(state)
@@ -173,89 +171,8 @@ def test_vae_with_missing_or_unknown_tensors_is_refused_by_name(converted, tmp_p
     assert not out.exists()
 
 
-# ---- SiT against a model put together from timm's parts, as REPA's is
-
-
-class TimmSiT(nn.Module):
-    """REPA's recipe: timm's PatchEmbed, Attention and Mlp inside adaLN-Zero blocks."""
-
-    def __init__(self, depth, width, heads, patch, size, channels, classes, qk_norm):
-        super().__init__()
-        vit = pytest.importorskip("timm.models.vision_transformer")
-        self.x_embedder = vit.PatchEmbed(size, patch, channels, width)
-        self.t_embedder, self.y_embedder = nn.Module(), nn.Module()
-        layers = [nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width)]
-        self.t_embedder.mlp = nn.Sequential(*layers)
-        self.y_embedder.embedding_table = nn.Embedding(classes + 1, width)
-        table = torch.zeros(1, self.x_embedder.num_patches, width)
-        self.pos_embed = nn.Parameter(table, requires_grad=False)
-        self.blocks = nn.ModuleList()
-        options = {"qkv_bias": True, "qk_norm": qk_norm, "norm_layer": nn.LayerNorm}
-        for _ in range(depth):
-            block = nn.Module()
-            block.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-            block.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-            block.attn = vit.Attention(width, num_heads=heads, **options)
-            block.mlp = vit.Mlp(width, 4 * width, act_layer=lambda: nn.GELU(approximate="tanh"))
-            block.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-            self.blocks.append(block)
-        self.final_layer = nn.Module()
-        self.final_layer.linear = nn.Linear(width, patch * patch * channels)
-        self.final_layer.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-        self.patch, self.channels = patch, channels
-
-    def forward(self, x, t, y, tap):
-        freqs = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32) / 128)
-        angles = t[:, None].float() * freqs
-        c = self.t_embedder.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(x.dtype))
-        c = c + self.y_embedder.embedding_table(y)
-        h, tapped = self.x_embedder(x) + self.pos_embed, None
-        for depth, b in enumerate(self.blocks, 1):
-            s1, k1, g1, s2, k2, g2 = (z[:, None] for z in b.adaLN_modulation(c).chunk(6, -1))
-            h = h + g1 * b.attn(b.norm1(h) * (1 + k1) + s1)
-            h = h + g2 * b.mlp(b.norm2(h) * (1 + k2) + s2)
-            tapped = h if depth == tap else tapped
-        shift, scale = (z[:, None] for z in self.final_layer.adaLN_modulation(c).chunk(2, -1))
-        h = nn.functional.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift
-        n, side, p = len(x), x.shape[2] // self.patch, self.patch
-        h = self.final_layer.linear(h).reshape(n, side, side, p, p, self.channels)
-        return torch.einsum("nhwpqc->nchpwq", h).reshape(x.shape), tapped
-
-
-SIT_S = pytest.param("SiT-S/2", marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("qk_norm", [True, False])
-@pytest.mark.parametrize("name", [SIT_S, "SiT-Ti/4", "SiT-N/1", "SiT-P/2"])
-def test_sit_equals_one_made_of_timm(name, qk_norm):
-    torch.manual_seed(0)
-    (size, patch), side = parse_name(name), 8 if name.endswith("/1") else 16
-    ours = build(name, side, 4, 1000, qk_norm).double()
-    for p in ours.parameters():
-        a_norm = p.dim() == 1 and p.numel() == size.width // size.heads
-        nn.init.normal_(p, mean=float(a_norm), std=0.05)
-    dimensions = (size.depth, size.width, size.heads)
-    theirs = TimmSiT(*dimensions, patch, side, 4, 1000, qk_norm).double()
-    assert ours.state_dict().keys() == theirs.state_dict().keys()
-    theirs.load_state_dict(ours.state_dict())
-    x, t = torch.randn(3, 4, side, side).double(), torch.rand(3).double()
-    y = torch.tensor([0, 999, 1000])
-    with torch.no_grad():
-        (v1, tokens), (v2, h2) = ours(x, t, y, taps=[3]), theirs(x, t, y, tap=3)
-    print("SiT", name, qk_norm, f"{largest(v1, v2):.1e} {largest(tokens[3], h2):.1e}")
-    assert largest(v1, v2) < 1e-9 and largest(tokens[3], h2) < 1e-9
-
-
-def test_position_table_is_mae_and_dits():
-    """DiT's pos_embed from its definition: w varies fastest, the first half of channels has it."""
-    table = build("SiT-S/2", 8, 4, 10).pos_embed[0].double().numpy()
-    omega = 1 / 10000 ** (np.arange(96) / 96)
-    for token, (row, column) in enumerate((r, c) for r in range(4) for c in range(4)):
-        waves = [f(place * omega) for place in (column, row) for f in (np.sin, np.cos)]
-        assert np.abs(table[token] - np.concatenate(waves)).max() < 1e-6
-
-
 # ---- checkpoints as REPA and the authors publish them
+
 
 # REPA's projectors, and the two heads of the authors' stage 1
 PROJECTORS = {
@@ -268,6 +185,8 @@ PROJECTORS = {
 
 # What REPA's own checkpoints say in their args, and what a user says of one that says nothing
 SAYS = {"path_type": "linear", "prediction": "v", "cfg_prob": 0.1, "num_classes": 7, "lr": 1e-4}
+
+
 SAID = ["--classes", 7, "--path", "linear", "--prediction", "v"]
 
 
@@ -407,67 +326,12 @@ def test_a_foreign_checkpoint_samples(foreign, vae_file, tmp_path):
     ok("sample.py", *args, "--out", tmp_path / "out2", "--vae", tmp_path / "moved.pt")
 
 
-# ---- the samplers against their equations in float64
-
-
-def transcription(model, x, y, null, steps, mode, cfg, interval, noises):
-    """Sampling as the papers word it, one branch at a time."""
-
-    def velocity(x, t, labels):
-        return model(x, torch.full((len(x),), t, dtype=torch.float64), labels)[0]
-
-    def guided(f, *at):
-        inside = cfg != 1 and interval[0] <= at[1] <= interval[1]
-        return f(*at, null) + cfg * (f(*at, y) - f(*at, null)) if inside else f(*at, y)
-
-    def drift(x, t, labels):
-        v = velocity(x, t, labels)
-        return v - (2 * t) / 2 * (-((1 - t) * v + x) / t)
-
-    if mode == "sde":
-        times = [1 + (0.04 - 1) * i / (steps - 1) for i in range(steps)] + [0.0]
-        for i in range(steps):
-            t, dt = times[i], times[i + 1] - times[i]
-            x = x + guided(drift, x, t) * dt
-            if i < steps - 1:
-                x = x + math.sqrt(2 * t * abs(dt)) * noises[i]
-        return x
-    for i in range(steps):
-        t, t_next = 1 - i / steps, 1 - (i + 1) / steps
-        k1 = guided(velocity, x, t)
-        ahead = x + (t_next - t) * k1
-        if mode == "heun" and i < steps - 1:
-            k2 = guided(velocity, ahead, t_next)
-            ahead = x + (t_next - t) * (k1 + k2) / 2
-        x = ahead
-    return x
-
-
-@pytest.mark.parametrize("mode", ["euler", "heun", "sde"])
-@pytest.mark.parametrize("cfg,low,high", [(1.0, 0.0, 1.0), (2.5, 0.0, 1.0), (1.9, 0.2, 0.65)])
-def test_samplers_against_a_transcription(mode, cfg, low, high):
-    model = tiny().double().eval()
-    y, null = torch.tensor([1, 4]), torch.tensor([10, 10])
-    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1)).double()
-    generators = [torch.Generator().manual_seed(7 + i + 1) for i in range(2)]  # as sample() does
-    shape = {"size": (4, 16, 16), "dtype": torch.float64}
-    noises = [
-        torch.stack([torch.randn(**shape, generator=generator) for generator in generators])
-        for _ in range(11)
-    ]
-    with torch.no_grad():
-        want = transcription(model, noise, y, null, 12, mode, cfg, (low, high), noises)
-    got = sample(model, noise, y, 10, 12, mode, cfg, (low, high), range(7, 7 + len(noise)))
-    print("sampler", mode, cfg, high, f"{largest(got, want):.1e}")
-    assert largest(got, want) < 1e-6 and largest(got, noise) > 0.1
-
-
 # ---- Inception against torch-fidelity and pytorch-fid
 
 
 @pytest.fixture(scope="module")
-def inception(tmp_path_factory):
-    """The network with random weights, read from a file as the public ones are."""
+def weights(tmp_path_factory):
+    """A file of random weights, like that of the public ones."""
     network = fid.InceptionV3()
     generator = torch.Generator().manual_seed(1)
     for layer in network.modules():
@@ -481,7 +345,13 @@ def inception(tmp_path_factory):
     nn.init.normal_(network.fc.weight, std=0.05 * math.sqrt(2 / 2048), generator=generator)
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
     torch.save(network.state_dict(), path)
-    loaded = fid.load_inception(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def inception(weights):
+    """As fid.py runs it on a CPU."""
+    loaded = fid.load_inception(weights).to(memory_format=torch.channels_last)
     assert not loaded.training
     return loaded
 
@@ -493,13 +363,11 @@ def pictures():
 
 
 @pytest.mark.slow
-def test_inception_equals_torch_fidelity(inception, pictures, tmp_path):
+def test_inception_equals_torch_fidelity(weights, inception, pictures):
     module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    path = tmp_path / "weights.pth"
-    torch.save(inception.state_dict(), path)
     wanted = ["2048", "logits_unbiased"]
     theirs = module.FeatureExtractorInceptionV3(
-        "x", wanted, feature_extractor_weights_path=str(path)
+        "x", wanted, feature_extractor_weights_path=str(weights)
     )
     blocks = []
     theirs.Mixed_6d.register_forward_hook(lambda m, i, out: blocks.append(out))
@@ -520,9 +388,9 @@ def test_inception_equals_torch_fidelity(inception, pictures, tmp_path):
 
 
 @pytest.mark.slow
-def test_inception_equals_pytorch_fid(inception, pictures, monkeypatch):
+def test_inception_equals_pytorch_fid(weights, inception, pictures, monkeypatch):
     module = pytest.importorskip("pytorch_fid.inception")
-    state = inception.state_dict()
+    state = torch.load(weights, weights_only=True)
     monkeypatch.setattr(module, "load_state_dict_from_url", lambda *a, **k: state)
     theirs = module.InceptionV3([2, 3], resize_input=False, normalize_input=False).eval()
     with torch.no_grad():
@@ -611,14 +479,13 @@ def test_precision_recall_against_loops(k):
     real, fake = features(60, 5, 0), features(50, 5, 3) * 0.7
 
     def inside(points, manifold):
-        count = 0
+        radii, count = [], 0
+        for i, centre in enumerate(manifold):
+            others = (q for j, q in enumerate(manifold) if j != i)
+            radii.append(sorted(np.linalg.norm(centre - q) for q in others)[k - 1])
         for p in points:
-            for i, centre in enumerate(manifold):
-                others = (q for j, q in enumerate(manifold) if j != i)
-                distances = sorted(np.linalg.norm(centre - q) for q in others)
-                if np.linalg.norm(p - centre) <= distances[k - 1]:
-                    count += 1
-                    break
+            near = (np.linalg.norm(p - c) <= r for c, r in zip(manifold, radii, strict=True))
+            count += any(near)
         return count / len(points)
 
     real, fake = torch.from_numpy(real), torch.from_numpy(fake)
@@ -672,15 +539,6 @@ def test_fid_command_on_every_kind_of_input(tmp_path, monkeypatch, capsys):
         np.savez(tmp_path / "adm.npz", arr_0=b, **{**s, "mu": s["mu"] + 1.0})
     adm = measured(tmp_path / "a.npz", tmp_path / "adm.npz")
     assert adm["FID"] != pytest.approx(base["FID"]) and adm["recall"] == base["recall"]
-
-
-@pytest.mark.slow
-def test_samples_are_what_adms_evaluator_reads(runs, tmp_path):
-    flags = ["--num-images", 5, "--steps", 2, "--out", tmp_path, "--device", "cpu"]
-    call(sampling, "--ckpt", runs / "stage2", *flags)
-    with np.load(tmp_path / "samples.npz", allow_pickle=False) as file:
-        assert file["arr_0"].dtype == np.uint8 and file["arr_0"].shape == (5, 32, 32, 3)
-        assert file["labels"].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_sfids_features_lie_as_tensorflow_flattens_them():

@@ -1,4 +1,4 @@
-"""Nothing silently wrong: labels, scales, identities, parts that were never trained, odd files.
+"""Nothing silently wrong: image folders, scales, identities, odd files, foreign checkpoints.
 
 Each test is a situation that somebody met with this project or a neighbouring one. What would
 change a result without a word is refused in one line, or said. Where a message names a command,
@@ -9,27 +9,29 @@ import argparse
 import importlib
 import io
 import json
-import os
 import re
 import shlex
 import shutil
-import socket
 import struct
-import subprocess
 import sys
 import types
-from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TRAIN, build, call
+from conftest import (
+    ENCODE,
+    EULER,
+    SMALL,
+    call,
+    encode,
+    folder,
+    picture,
+    samples_in,
+)
 from PIL import Image
-from test_refusals import refusal
-from torch.utils.flop_counter import FlopCounterMode
 
 import build_teacher
-import common
 import fid
 import models
 import sample
@@ -39,69 +41,6 @@ import vae_latents
 from common import UserError
 from vae_latents import AutoencoderKL, LatentFolder, open_image
 
-ENCODE = "--image-size 32 --batch-size 8 --device cpu".split()
-SMALL = [*TRAIN, *"--model SiT-N/4 --log-every 1 --save-every 2".split()]
-EULER = "--steps 2 --mode euler --device cpu".split()
-
-
-@pytest.fixture
-def refused(capsys, monkeypatch, tmp_path):
-    return refusal(capsys, monkeypatch, tmp_path)
-
-
-def picture(seed, side=32):
-    """A flat colour, which is the seed's, with a little noise."""
-    rng = np.random.default_rng(seed)
-    noise = rng.integers(-30, 31, (side, side, 3))
-    return Image.fromarray((rng.integers(40, 216, 3) + noise).clip(0, 255).astype(np.uint8))
-
-
-def folder(root, names, each=3, ending="png"):
-    """An image folder with these classes."""
-    for label, name in enumerate(names):
-        (root / name).mkdir(parents=True, exist_ok=True)
-        for i in range(each):
-            picture(100 * label + i).save(root / name / f"{i}.{ending}")
-    return root
-
-
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory):
-    """The file of a tiny untrained VAE; with this scale its latents of `picture` have std 1."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("vae") / "vae.pt"
-    torch.save({"model": AutoencoderKL((8, 16), layers=1).state_dict(), "scale": 0.9}, path)
-    return path
-
-
-def encode(images, vae, out):
-    call(vae_latents, "--images", images, "--vae", vae, "--out", out, *ENCODE)
-    return out
-
-
-@pytest.fixture(scope="module")
-def numbered(tmp_path_factory, vae):
-    """Classes named 0 to 11, which as text sort 0, 1, 10, 11, 2: latents, and a run of 2 steps."""
-    root = tmp_path_factory.mktemp("numbered")
-    images = folder(root / "images", [str(i) for i in range(12)], each=2)
-    data = encode(images, vae, root / "data")
-    call(train_stage1, *SMALL, "--data", data, "--out", root / "run", "--steps", 2)
-    return types.SimpleNamespace(images=images, data=data, run=root / "run", vae=vae)
-
-
-def changed_checkpoint(run, path, meta=(), **args):
-    """A copy of the run's checkpoint whose latents or settings say something else."""
-    saved = torch.load(models.checkpoints(run)[0], weights_only=True)
-    saved["meta"].update(dict(meta))
-    saved["args"].update(args)
-    torch.save(saved, path)
-    return path
-
-
-def samples_in(out):
-    with np.load(out / "samples.npz") as file:
-        return dict(file)
-
 
 def command_in(text, **words):
     """(The module, its arguments) of the command that a message names, with `words` put in."""
@@ -109,109 +48,6 @@ def command_in(text, **words):
     assert words.keys() <= {*arguments}, text
     arguments = [str(words.get(word, word)) for word in arguments]
     return importlib.import_module(name), *arguments
-
-
-# ---- labels
-
-
-def test_without_classes_every_label_comes_in_turn(numbered, tmp_path, capsys):
-    """By index: names do not come into it, whatever they look like."""
-    call(sample, "--ckpt", numbered.run, "--num-images", 30, *EULER, "--out", tmp_path)
-    assert samples_in(tmp_path)["labels"].tolist() == [i % 12 for i in range(30)]
-    assert "0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9" in capsys.readouterr().out  # the grid's columns
-
-
-NUMBERS = sorted(str(i) for i in range(12))
-
-
-@pytest.mark.parametrize("word", NUMBERS)
-def test_a_word_that_is_a_name_and_another_label_is_refused_with_both(word):
-    label = NUMBERS.index(word)
-    if int(word) != label:
-        with pytest.raises(UserError) as error:
-            sample.find_label(word, NUMBERS)
-        for reading in (f"name:{word}", f"label:{word}", NUMBERS[int(word)], str(label)):
-            assert reading in str(error.value)
-    else:
-        assert sample.find_label(word, NUMBERS) == label
-    assert sample.find_label(f"name:{word}", NUMBERS) == label
-    assert sample.find_label(f"label:{word}", NUMBERS) == int(word)
-
-
-def test_the_readings_that_the_message_offers_are_taken(numbered, refused, tmp_path):
-    given = ["--ckpt", numbered.run, *EULER]
-    err = refused(sample, *given, "--classes", "0,10", "--out", tmp_path / "a", says=["10"])
-    readings = re.findall(r"(?:name|label):10", err)
-    for number, reading in enumerate(readings):
-        out = ["--num-images", 2, "--classes", f"0,{reading}", "--out", tmp_path / str(number)]
-        call(sample, *given, *out)
-    labels = [samples_in(tmp_path / str(number))["labels"][1] for number in range(2)]
-    assert dict(zip(readings, labels, strict=True)) == {"name:10": 2, "label:10": 10}
-
-
-NAMES = ["bear", "fox", "goldfish", "tench, Tinca tinca", "ü", "é"]
-
-
-def test_names_with_commas_and_letters_of_other_languages(numbered, refused, tmp_path):
-    names = [*NAMES, *(f"class {i}" for i in range(len(NAMES), 12))]
-    ckpt = changed_checkpoint(numbered.run, tmp_path / "named.pt", meta={"classes": names})
-    given = ["--ckpt", ckpt, "--num-images", 2, *EULER]
-    wanted = {"label:3": [3, 3], "fox,ü": [1, 4], "fox, ü": [1, 4], "name:fox,label:3": [1, 3]}
-    for number, (words, labels) in enumerate(wanted.items()):
-        call(sample, *given, "--classes", words, "--out", tmp_path / str(number))
-        assert samples_in(tmp_path / str(number))["labels"].tolist() == labels
-    for words in ("tench, Tinca tinca", "tench", "Fox", "12", "-1", "1.0", "fox,"):
-        refused(sample, *given, "--classes", words, "--out", tmp_path / "no", says=["--classes"])
-    assert not (tmp_path / "no").exists()
-
-
-def test_random_labels_are_a_function_of_seed_and_index(numbered, tmp_path):
-    """So a part of the images has the labels that it has in all of them."""
-
-    def labels(name, *more):
-        given = ["--ckpt", numbered.run, *EULER, "--labels", "random", "--out", tmp_path / name]
-        call(sample, *given, *more)
-        return samples_in(tmp_path / name)["labels"].tolist()
-
-    whole = labels("a", "--num-images", 40)
-    assert whole[:9] == labels("b", "--num-images", 9, "--batch-size", 4)
-    assert whole[:9] != labels("c", "--num-images", 9, "--seed", 1)
-    assert whole != [i % 12 for i in range(40)] and set(whole) <= set(range(12))
-    assert max(Counter(whole).values()) > 4  # 40 over 12 classes in turn are 3 or 4 each
-    assert {3, 5} == set(labels("d", "--num-images", 12, "--classes", "label:3,label:5"))
-
-
-def test_samples_say_how_they_were_made(numbered, tmp_path):
-    given = [
-        "--ckpt",
-        numbered.run,
-        "--num-images",
-        4,
-        *EULER,
-        "--cfg",
-        1.5,
-        "--guidance-high",
-        0.5,
-    ]
-    call(sample, *given, "--out", tmp_path)
-    settings = json.loads(samples_in(tmp_path)["settings"].item())
-    wanted = {"labels": "balanced", "mode": "euler", "steps": 2, "cfg": 1.5, "guidance_high": 0.5}
-    assert wanted.items() <= settings.items() and settings["num_images"] == 4
-
-
-@pytest.mark.parametrize("mode", ["euler", "heun"])
-def test_the_samplers_state_does_not_forget_small_steps(mode):
-    """A float32 network, 10,000 steps of 1e-9 on numbers about 1: in float32 nothing would move."""
-
-    class Slow(torch.nn.Linear):
-        def forward(self, x, t, y):
-            assert x.dtype == t.dtype == torch.float32
-            return torch.full_like(x, 1e-5), {}
-
-    noise = torch.linspace(0.5, 2, 32).reshape(2, 1, 4, 4)
-    x = sample.sample(Slow(1, 1), noise, torch.zeros(2, dtype=torch.long), 1, 10_000, mode)
-    assert x.dtype == torch.float64
-    assert (noise.double() - x).sub(1e-5).abs().max() < 1e-10
 
 
 # ---- image folders
@@ -313,6 +149,8 @@ def ifd(*entries):
 
 
 TURNED = (0x0112, 3, 1, 6)  # orientation 6: the camera stood on its right side
+
+
 EXIFS = {
     "blank": (b"Exif\0\0", False),
     "garbage": (b"Exif\0\0garbage-here", False),
@@ -504,28 +342,6 @@ def test_a_vae_of_another_project_is_refused_and_the_named_command_converts_it(
     assert np.array_equal(data.moments, LatentFolder(numbered.data).moments)
 
 
-def test_the_vae_has_moved_or_is_another(numbered, refused, tmp_path, capsys):
-    """What decodes is compared by content; what the message asks for is taken."""
-    shutil.copy(numbered.vae, tmp_path / "moved.pt")
-    meta = {"vae": {**LatentFolder(numbered.data).meta["vae"], "path": str(tmp_path / "gone.pt")}}
-    ckpt = changed_checkpoint(numbered.run, tmp_path / "ckpt.pt", meta=meta)
-    given = ["--ckpt", ckpt, "--num-images", 2, *EULER, "--out", tmp_path / "out"]
-    refused(sample, *given, says=["gone.pt", "--vae"])
-    saved = torch.load(numbered.vae, weights_only=True)
-    torch.save({**saved, "scale": 0.5}, tmp_path / "scale.pt")
-    refused(sample, *given, "--vae", tmp_path / "scale.pt", says=["scale.pt"])
-    saved["model"]["decoder.conv_out.bias"] += 0.1
-    torch.save(saved, tmp_path / "gone.pt")  # another one, where the old one was
-    refused(sample, *given, says=["gone.pt", "--vae"])
-    assert not (tmp_path / "out").exists()
-    capsys.readouterr()
-    call(sample, *given, "--vae", tmp_path / "moved.pt")
-    assert capsys.readouterr().err == ""
-    given[-1] = tmp_path / "other"
-    call(sample, *given, "--vae", tmp_path / "gone.pt")
-    assert "warning: " in capsys.readouterr().err  # who insists is told
-
-
 # ---- the identity of data
 
 
@@ -661,43 +477,7 @@ def test_labels_of_another_integer_type_are_the_same_labels(kind, numbered, tmp_
     assert log == (numbered.run / "log.jsonl").read_bytes()
 
 
-# ---- parts that were never trained
-
-
-def test_a_null_label_that_was_never_trained_is_not_used(numbered, refused, tmp_path):
-    run = [*SMALL, "--data", numbered.data, "--out", tmp_path / "run", "--label-drop", 0]
-    call(train_stage1, *run, "--steps", 2)
-    out = tmp_path / "out"
-    guided = ["--ckpt", tmp_path / "run", "--num-images", 2, *EULER, "--cfg", 2, "--out", out]
-    refused(sample, *guided, says=["null label", "--label-drop 0", "--cfg"])
-    teach = ["--ckpt", tmp_path / "run", "--out", out]
-    refused(build_teacher, *teach, says=["null label", "--label-drop 0"])
-    assert not out.exists()
-    call(
-        sample, "--ckpt", tmp_path / "run", "--num-images", 2, *EULER, "--out", out
-    )  # plain: it works
-    call(sample, *guided[:-3], 1, "--out", tmp_path / "out1")
-
-
-def test_an_average_that_is_still_the_beginning_is_not_used(numbered, refused, tmp_path):
-    """0.9999 to the power of 2: what the message advises works."""
-    run = [*SMALL, "--no-ema-ramp", "--data", numbered.data, "--out", tmp_path / "run"]
-    call(train_stage1, *run, "--steps", 2)
-    given = ["--ckpt", tmp_path / "run", "--num-images", 2, *EULER, "--out", tmp_path / "out"]
-    refused(sample, *given, says=["100%", "--weights model"])
-    assert not (tmp_path / "out").exists()
-    call(sample, *given, "--weights", "model")
-    call(build_teacher, "--ckpt", tmp_path / "run", "--out", tmp_path / "teacher")
-    for ema, refuses in ((0.3, True), (0.32, True), (0.31, False), (0.0, False)):
-        step = 2 if ema != 0.31 else 3
-        ckpt = changed_checkpoint(tmp_path / "run", tmp_path / "e.pt", ema=ema)
-        saved = torch.load(ckpt, weights_only=True)
-        torch.save({**saved, "step": step}, ckpt)
-        if refuses and ema**step > 0.1:
-            with pytest.raises(UserError, match="--weights model"):
-                models.load_checkpoint(ckpt, "ema")
-        else:
-            models.load_checkpoint(ckpt, "ema")
+# ---- one class
 
 
 def test_one_class_is_a_warning_before_training(vae, tmp_path, capsys):
@@ -711,6 +491,7 @@ def test_one_class_is_a_warning_before_training(vae, tmp_path, capsys):
 
 
 # ---- checkpoints
+
 
 FOREIGN = {
     "no average": lambda state: {"model": state, "opt": {}, "steps": 5},
@@ -826,41 +607,12 @@ def test_a_block_that_is_not_there_makes_no_folder(numbered, refused, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_rejected_command_leaves_the_good_file_of_before(numbered, refused, tmp_path):
-    """Write last: no command overwrites before it knows that its own result is good."""
-    call(build_teacher, "--ckpt", numbered.run, "--out", tmp_path / "t")
-    refused(build_teacher, "--ckpt", numbered.run, "--out", tmp_path / "t", says=["teacher.pt"])
-
-
-def test_what_the_small_teacher_costs_is_printed(numbered, tmp_path, capsys):
-    """In vanilla steps of the student, of three passes each, by torch's own count."""
-
-    def passes(name, blocks=None):
-        model = build(name, 16, 4, 12)
-        model = model.cut(blocks) if blocks else model
-        with FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, 4, 16, 16), torch.zeros(1), torch.zeros(1, dtype=torch.long))
-        return counter.get_total_flops()
-
-    given = ["--ckpt", numbered.run, "--out", tmp_path, "--student", "SiT-Ti/4"]
-    call(build_teacher, *given)
-    said = " ".join(capsys.readouterr().out.split())
-    numbers = re.search(
-        r"as much as (\d+) steps of (\S+) .* ([\d.]+)% dearer \(all t: ([\d.]+)%", said
-    )
-    training, in_range, at_all = int(numbers[1]), float(numbers[3]) / 100, float(numbers[4]) / 100
-    assert numbers[2] == "SiT-Ti/4" and training == round(
-        2 * passes("SiT-N/4") / passes("SiT-Ti/4")
-    )
-    guided = 2 * passes("SiT-N/4", 4) / (3 * passes("SiT-Ti/4"))
-    assert at_all == pytest.approx(guided, rel=0.05) and in_range == pytest.approx(
-        0.3 * at_all, abs=1e-3
-    )
-
-
 # ---- files that are not what their names say
 
+
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 3347\n"
+
+
 PAGE = "<!doctype html><html><head><title>Sign in</title></head></html>\n" * 40
 
 
@@ -984,7 +736,11 @@ def archive(path, **content):
 
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+
+
 MU, SIGMA = np.zeros(3), np.eye(3)
+
+
 ARCHIVES = {
     "mu alone": {"mu": MU},
     "sigma alone": {"sigma": SIGMA},
@@ -1102,86 +858,3 @@ def test_no_way_to_the_weights_is_one_line(monkeypatch, refused, tmp_path):
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     good = archive(tmp_path / "good.npz", arr_0=PIXELS)
     refused(fid, good, says=[fid.WEIGHTS, "--weights"])
-
-
-# ---- the process's surroundings
-
-
-def test_variables_of_torchrun_that_are_left_over(numbered, refused, monkeypatch, tmp_path):
-    """The port is taken: one line names them, whatever torch says."""
-    train = [*SMALL, "--data", numbered.data, "--out", tmp_path / "run", "--steps", 2]
-    with socket.socket() as taken:
-        taken.bind(("localhost", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        left = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        for name, value in left.items():
-            monkeypatch.setenv(name, value)
-        refused(train_stage1, *train, says=[f"{name}={value}" for name, value in left.items()])
-    monkeypatch.setenv("MASTER_PORT", "many")
-    refused(train_stage1, *train, says=["MASTER_PORT=many"])
-    assert not (tmp_path / "run").exists()
-
-
-ALONE = [{"RANK": "1"}, {"RANK": "0"}, {"RANK": "1", "WORLD_SIZE": "2"}, {"WORLD_SIZE": "2"}]
-
-
-@pytest.mark.parametrize("left", ALONE, ids=str)
-def test_a_part_of_torchruns_variables_is_said(left, numbered, monkeypatch, tmp_path, capsys):
-    """RANK=1 alone: the run goes on as one process, is heard, and says what it leaves aside."""
-    for name, value in left.items():
-        monkeypatch.setenv(name, value)
-    train = [*SMALL, "--data", numbered.data, "--out", tmp_path / "run", "--steps", 2]
-    call(train_stage1, *train)
-    said = capsys.readouterr()
-    assert "done at step 2" in said.out and said.err.startswith("warning: ")
-    assert all(f"{name}={value}" in said.err for name, value in left.items())
-
-
-STREAMS = {">&-": ("", "one class"), "2>&-": ("done at step 2", ""), ">&- 2>&- <&-": ("", "")}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("streams", STREAMS)
-def test_a_stream_that_is_closed_is_the_one_that_is_given_up(streams, vae, tmp_path):
-    """As a daemon starts it: the run goes on, and what is printed goes into no other file."""
-    data = encode(folder(tmp_path / "images", ["faces"], each=8), vae, tmp_path / "data")
-    train = [*SMALL, "--data", data, "--out", tmp_path / "run", "--steps", 2]
-    command = [sys.executable, str(ROOT / "train_stage1.py"), *map(str, train)]
-    result = subprocess.run(
-        ["bash", "-c", f'"$@" {streams}', "x", *command],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    out, err = STREAMS[streams]
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert out in result.stdout and err in result.stderr
-    assert bool(out) == bool(result.stdout) and bool(err) == bool(result.stderr)
-    assert (tmp_path / "run/ckpt-0000002.pt").exists()
-    models.load_checkpoint(tmp_path / "run")
-    for file in (tmp_path / "run").iterdir():
-        assert b"one class" not in file.read_bytes() and b"done at" not in file.read_bytes()
-
-
-@pytest.mark.parametrize("full", ["stdout", "stderr"])
-def test_of_two_streams_the_one_that_is_full_is_given_up(full, vae, monkeypatch, tmp_path):
-    """`fid.py A B 2>/dev/full` prints its result; `train_stage1.py >/dev/full` trains."""
-    data = encode(folder(tmp_path / "images", ["faces"], each=8), vae, tmp_path / "data")
-    train = [*SMALL, "--data", data, "--out", tmp_path / "run", "--steps", 2]
-    with open(tmp_path / "whole", "w") as whole, open("/dev/full", "w") as nothing:
-        for name in ("stdout", "stderr"):
-            monkeypatch.setattr(sys, name, nothing if name == full else whole)
-        call(train_stage1, *train)
-        common.warn("the last one")
-    said = (tmp_path / "whole").read_text()
-    assert ("done at step 2" if full == "stderr" else "one class") in said
-    assert ("the last one" in said) == (full == "stdout")
-    assert (tmp_path / "run/ckpt-0000002.pt").exists()
-
-
-def test_names_that_would_steer_a_terminal_are_one_printable_line(numbered, refused, tmp_path):
-    name = tmp_path / "a\nerror: \x1b[31mred\x07 \udcff.pt"
-    err = refused(sample, "--ckpt", name, *EULER, "--out", tmp_path / "out", says=["\\n", "\\x1b"])
-    assert err.isprintable()

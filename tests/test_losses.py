@@ -119,22 +119,6 @@ def test_an_answer_and_a_target_of_other_shapes_do_not_broadcast(shape):
         network(x, t, y, x, [torch.zeros(shape)])
 
 
-@pytest.mark.quick
-@pytest.mark.parametrize("wrong", ["x", "t", "y", "taps"])
-def test_the_network_says_which_input_is_wrong(wrong):
-    model = tiny()
-    given = {"x": torch.zeros(2, 4, 16, 16), "t": torch.zeros(2), "y": torch.tensor([0, 1])}
-    model(**given, taps=[1, 8])
-    bad = {
-        "x": torch.zeros(2, 4, 8, 16),
-        "t": torch.zeros(2, 1),
-        "y": torch.tensor([0]),
-        "taps": [9],
-    }
-    with pytest.raises(UserError, match=f"^{wrong} (has shape|are)"):
-        model(**{**given, wrong: bad[wrong]})
-
-
 # ---- groups of weights
 
 

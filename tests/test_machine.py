@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from functools import partial
 
@@ -106,6 +107,8 @@ def test_a_step_is_the_loops(kind, weight, tmp_path):
 def test_compiled_or_not_the_losses_are_the_same(kind, networks, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch.compiler.reset()
+    assert len(networks.teacher.blocks) == 3  # of the whole network
+    networks.state.model.blocks = networks.state.model.blocks[:2]  # compiled sooner
     batch, eager = batch_of(networks), networks.step(kind, "eager")
     for mode in ("blocks", "whole"):
         step = networks.step(kind, mode)
@@ -255,13 +258,30 @@ def test_a_mistake_is_said_and_nothing_written(flags, monkeypatch, tmp_path):
     assert not (tmp_path / "bench.json").exists()
 
 
+# The alarm rings when the first network is to be compiled whole, not by the clock
+RINGS = f"""
+    import os, signal, sys, tempfile
+    sys.path.insert(0, {str(ROOT)!r})
+    tempfile.tempdir = os.path.join(os.path.dirname(__file__), "scratch")
+    import common
+    from experiments.machine import bench
+    def ring(*args):
+        os.kill(os.getpid(), signal.SIGALRM)
+        raise AssertionError("nobody heard the alarm")
+    bench.parallel, bench.ROUNDS = ring, 1
+    signal.setitimer = lambda which, seconds: print("alarm", which, seconds)
+    common.run(bench.main)
+"""
+
+
 @pytest.mark.slow
 def test_the_time_is_kept_and_what_is_left_is_said(tmp_path):
-    """What is compiled whole takes longer than that on any CPU, with an empty cache."""
-    scratch = tmp_path / "scratch"
+    scratch, code = tmp_path / "scratch", tmp_path / "rings.py"
     scratch.mkdir()
-    flags = [*TINY, "--minutes", 0.4, "--out", tmp_path / "bench.json"]
-    out = ok("experiments.machine.bench", *flags, env={"TMPDIR": str(scratch)})
+    code.write_text(textwrap.dedent(RINGS))
+    flags = [*TINY, "--minutes", 0.4, "--train-steps", 5, "--out", tmp_path / "bench.json"]
+    out = ok(code, *flags)
+    assert f"alarm {signal.ITIMER_REAL:d} 24.0" in out
     last = out.splitlines()[-1].partition("no time left for: ")[2]
     assert "vanilla, whole" in last or "stage 1, whole" in last
     figures = json.loads((tmp_path / "bench.json").read_text())["figures"]

@@ -20,7 +20,7 @@ RECIPES = sorted((ROOT / "runs").glob("*.sh"))
 def test_a_recipe_is_a_shell_script_that_says_what_to_expect(recipe):
     subprocess.run(["bash", "-n", recipe], check=True)
     text = recipe.read_text()
-    assert text.startswith("#!") and "set -euo pipefail" in text
+    assert text.startswith("#!") and re.search(r"^set -e?u", text, re.M)
     assert recipe.name in (ROOT / "runs/README.md").read_text()
 
 

@@ -1,61 +1,20 @@
 """Bad input: status 2, one line on stderr that names the file or flag, nothing changed."""
 
-import dataclasses
 import json
 import os
 import pickle
-import runpy
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed.run
-from conftest import ROOT, TRAIN, call, script, signals_kept, write_folder
+from conftest import TRAIN, call, script, write_folder
 from PIL import Image
 
-import build_teacher
 import common
-import sample
 import train_stage1
-import train_stage2
 import vae_latents
 from common import UserError
-
-UNSAFE = ("weights_only", "allow_pickle", "unsafe", "trust", "can still be loaded")
-
-
-def refusal(capsys, monkeypatch, tmp_path):
-    """call(script, args..., says=[...]): run a script, or its module, and look at what it says."""
-
-    def call(script, *args, says, keeps=tmp_path):
-        def content():
-            files = [f for f in sorted(keeps.rglob("*")) if f.is_file() and f.name != ".lock"]
-            return {f: f.read_bytes() for f in files if not f.is_symlink()}
-
-        before = content()
-        monkeypatch.setattr(sys, "argv", [getattr(script, "__file__", script), *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop, signals_kept():
-            if isinstance(script, str):
-                runpy.run_path(str(ROOT / script), run_name="__main__")
-            common.run(script.main)
-        err = "\n".join(x for x in capsys.readouterr().err.splitlines() if "warning" not in x)
-        assert stop.value.code == 2, err
-        assert err.count("\n") == 0 and ": error: " in err and "Traceback" not in err, err
-        assert err.isprintable() and not any(word in err for word in UNSAFE), err
-        for word in says:
-            assert str(word) in err, err
-        assert before == {f: x for f, x in content().items() if f in before}
-        return err
-
-    return call
-
-
-@pytest.fixture
-def refused(capsys, monkeypatch, tmp_path):
-    return refusal(capsys, monkeypatch, tmp_path)
 
 
 @pytest.fixture
@@ -135,7 +94,6 @@ def test_damaged_latents(refused, train, tmp_path, what):
 
 @pytest.fixture
 def vae(tmp_path):
-    import vae_latents
 
     state = vae_latents.AutoencoderKL((8, 8), layers=1).state_dict()
     torch.save({"model": state, "scale": 1.0}, tmp_path / "vae.pt")
@@ -183,27 +141,7 @@ def test_unwritable_or_bad_vae(refused, tmp_path, vae):
     assert not (tmp_path / "o").exists()
 
 
-def test_no_checkpoint(refused, tmp_path):
-    none = ["--ckpt", "not/there.pt", "--out", tmp_path / "o"]
-    refused(
-        "sample.py", *none, says=["not/there.pt", "No such file", "no checkpoint of this project"]
-    )
-    (tmp_path / "young").mkdir()  # a run before its first checkpoint
-    young = ["--ckpt", tmp_path / "young", "--out", tmp_path / "o"]
-    refused("sample.py", *young, says=["young/ckpt-*.pt", "No such file"])
-
-
 # ---- flags
-
-
-@pytest.mark.parametrize("script", [vae_latents, train_stage1, train_stage2, sample])
-def test_torchrun_leaves_each_flag_to_its_script(script):
-    """It looks for abbreviations of its own flags behind the script's name, too, as --num was."""
-    parser = torch.distributed.run.get_args_parser()
-    theirs = [option for action in parser._actions for option in action.option_strings]
-    for field in dataclasses.fields(script.Settings):
-        ours = common.flag(field.name)
-        assert not [option for option in theirs if option.startswith(ours)]
 
 
 BAD_FLAGS = {
@@ -283,14 +221,6 @@ def test_patch_that_does_not_tile(refused, tmp_path):
     data = write_folder(tmp_path / "d", shape=(4, 4, 4))
     flags = [*TRAIN, "--data", data, "--out", tmp_path / "o"]
     refused("train_stage1.py", *flags, says=["SiT-Ti/8", "patch", "4"])
-
-
-@pytest.mark.parametrize("name", ["vae_latents", "train_stage1", "train_stage2", "sample", "fid"])
-def test_help_is_not_an_error(name, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
-    assert stop.value.code == 0 and "default" in capsys.readouterr().out
 
 
 # ---- checkpoints
@@ -428,108 +358,7 @@ def test_a_malicious_array_does_not_run(refused, train, tmp_path, name):
     assert not (tmp_path / "pwned").exists()
 
 
-# ---- teachers
-
-
-def test_teachers_that_do_not_fit(refused, runs, latents, tmp_path):
-    flags = ["train_stage2.py", *TRAIN, "--data", latents, "--out", tmp_path / "o", "--steps", 4]
-    fits = [*flags, "--teacher", runs / "teacher/teacher.pt"]
-    refused(*flags, "--teacher", tmp_path / "none.pt", says=["none.pt", "build_teacher.py"])
-    refused(*fits, "--model", "SiT-Ti/4", says=["patch", "8", "4"])
-    assert not (tmp_path / "o").exists()  # no folder of a run that never began
-    refused(*fits, "--guide-depth", 99, says=["loss guide, depth 99"])
-    refused(*fits, "--guide-scale", 0.5, says=["--guide-scale 0.5"])
-    refused(*fits, "--guide-weight", 0, says=["--guide-weight"])
-    refused(*fits, "--data", write_folder(tmp_path / "d5", classes=5), says=["teacher.pt"])
-    small = write_folder(tmp_path / "d8", shape=(4, 8, 8))
-    refused(*fits, "--data", small, says=["teacher.pt"])
-    refused(*flags, "--teacher", tmp_path / "none.pt", says=["none.pt", "build_teacher.py"])
-    ckpt = runs / "stage1/ckpt-0000008.pt"
-    refused(*flags, "--teacher", ckpt, says=["ckpt-0000008.pt", "no teacher"])
-    old = torch.load(runs / "teacher/teacher.pt", weights_only=True)
-    source = {key: old.pop(key) for key in ("args", "meta", "step")}
-    torch.save({**old, "format": 1, "source": source}, tmp_path / "old.pt")
-    refused(*flags, "--teacher", tmp_path / "old.pt", says=["old.pt", "build_teacher.py"])
-    assert not (tmp_path / "o").exists()
-
-
-def relabelled(latents, path, **changes):
-    """A copy of a latent folder with another meta.json."""
-    shutil.copytree(latents, path)
-    meta = json.loads((path / "meta.json").read_text())
-    (path / "meta.json").write_text(json.dumps({**meta, **changes}))
-    return path
-
-
-FACTS = {
-    "latents": {"classes": [f"another {i}" for i in range(8)]},
-    "classes": {"classes": [f"class {i}" for i in range(11)]},
-    "scale": {"scale": 0.5},
-    "VAE": {"vae": {"path": "vae.pt", "identity": "another"}},
-}
-
-
-@pytest.mark.parametrize("what", [*FACTS, "latents themselves"])
-def test_a_teacher_of_other_latents_is_refused(refused, runs, latents, tmp_path, what):
-    """By names, scale, VAE and content: the same shape with other numbers is other data."""
-    folder = relabelled(latents, tmp_path / "latents", **FACTS.get(what, {}))
-    if what == "latents themselves":
-        moments = np.load(folder / "moments.npy")
-        np.save(folder / "moments.npy", moments[::-1])
-    flags = [*TRAIN, "--data", folder, "--out", tmp_path / "o", "--steps", 4]
-    teacher = ["--teacher", runs / "teacher/teacher.pt"]
-    refused("train_stage2.py", *flags, *teacher, says=["teacher.pt", what.split()[0]])
-    assert not (tmp_path / "o").exists()
-
-
-def test_a_converted_teacher_knows_labels_alone(refused, runs, latents, tmp_path, capsys):
-    """A foreign checkpoint has no names of classes: as many are taken, with a warning."""
-    saved = torch.load(runs / "teacher/teacher.pt", weights_only=True)
-    flags = [*TRAIN, "--steps", 1, "--teacher", tmp_path / "t.pt"]
-    numbers = [str(i) for i in range(len(saved["meta"]["classes"]))]
-    saved["meta"].update(classes=numbers, identity=None)
-    torch.save(saved, tmp_path / "t.pt")
-    call(train_stage2, *flags, "--data", latents, "--out", tmp_path / "a")
-    assert "does not say which latents" in capsys.readouterr().err
-    more = ["--data", relabelled(latents, tmp_path / "more", classes=[*numbers, "one more"])]
-    refused("train_stage2.py", *flags, *more, "--out", tmp_path / "b", says=["classes 8, not 9"])
-
-
-def test_a_rebuilt_teacher_is_the_same_one_and_another_is_not(refused, runs, latents, tmp_path):
-    """Its identity is its tensors and s, not its file's bytes; it matters while it guides."""
-    teacher, out = tmp_path / "teacher.pt", tmp_path / "o"
-    flags = [*TRAIN, "--data", latents, "--out", out, "--teacher", teacher, "--guide-steps", 8]
-    saved = torch.load(runs / "teacher/teacher.pt", weights_only=True)
-    torch.save(saved, teacher)
-    call(train_stage2, *flags, "--steps", 4)
-    torch.save({**saved, "args": {**saved["args"], "out": "moved"}}, teacher)
-    call(train_stage2, *flags, "--steps", 6)
-    torch.save({**saved, "scale": 7.0}, teacher)
-    refused("train_stage2.py", *flags, "--steps", 8, says=["another teacher", "ckpt-0000006.pt"])
-    torch.save(saved, teacher)
-    s = ["--guide-scale", saved["scale"]]  # the teacher's own, said aloud
-    refused("train_stage2.py", *flags, "--steps", 8, *s[:1], 8.0, says=["another teacher"])
-    call(train_stage2, *flags, "--steps", 8, *s)
-    teacher.unlink()
-    call(train_stage2, *flags, "--steps", 10)
-
-
-def test_building_a_teacher(refused, runs, tmp_path, capsys):
-    ckpt = ["build_teacher.py", "--ckpt", runs / "stage1", "--out", tmp_path / "o"]
-    refused(*ckpt, "--teacher-depth", 9, says=["--teacher-depth 9", "blocks 1 to 8"])
-    refused(*ckpt, "--guide-scale", 0.9, says=["--guide-scale 0.9"])
-    refused(*ckpt, "--guide-scale", "inf", says=["--guide-scale inf"])
-    none = ["--ckpt", tmp_path / "none.pt", "--out", tmp_path / "o"]
-    refused("build_teacher.py", *none, says=["none.pt", "is no checkpoint of this project"])
-    refused(*ckpt, "--student", "SiT-H/2", says=["SiT-H/2"])
-    assert not (tmp_path / "o").exists()
-    vanilla = torch.load(runs / "stage1/ckpt-0000008.pt", weights_only=True)
-    vanilla["args"]["align_weight"] = 0.0
-    torch.save(vanilla, tmp_path / "vanilla.pt")
-    call(build_teacher, "--ckpt", tmp_path / "vanilla.pt", "--out", tmp_path / "t")
-    assert "--align-weight 0.0" in capsys.readouterr().out
-    flags = ["--ckpt", tmp_path / "vanilla.pt", "--out", tmp_path / "t"]
-    refused("build_teacher.py", *flags, says=["remove it"])  # one in use is not replaced
+# ---- probe.py
 
 
 def test_probe_of_few_images(runs, tmp_path, capsys):
@@ -540,52 +369,6 @@ def test_probe_of_few_images(runs, tmp_path, capsys):
     table = json.loads((tmp_path / "p/probe.json").read_text())["blocks"]
     assert {"f_u", "f_c", "f_g 30"} <= table["5"].keys()
     assert Image.open(tmp_path / "p/features.png").size[0] == 4 * 112
-
-
-# ---- sampling
-
-SAMPLING = {
-    "--cfg 0.5": "--cfg 0.5",
-    "--cfg nan": "--cfg nan: must be a finite number",
-    "--cfg inf": "--cfg inf: must be a finite number",
-    "--num-images 0": "--num-images",
-    "--steps 0": "--steps",
-    "--classes 3,cat": "--classes cat",
-    "--classes 3,": "--classes",
-    "--classes -1": "--classes -1",
-    "--classes 10": "labels are 0 to 7",
-    "--guidance-low 0.8 --guidance-high 0.2": "--guidance-low",
-    "--mode magic": "--mode",
-    "--vae /nowhere.bin": "/nowhere.bin",
-    "--labels some": "--labels",
-}
-
-
-@pytest.mark.parametrize("flags", SAMPLING)
-def test_bad_sampling_flags(refused, runs, tmp_path, flags):
-    ckpt = ["--ckpt", runs / "stage2", "--out", tmp_path / "o", "--device", "cpu"]
-    refused("sample.py", *ckpt, *flags.split(), says=[SAMPLING[flags]])
-    assert not (tmp_path / "o").exists()
-
-
-def test_samples_of_others_are_left_alone(refused, runs, tmp_path):
-    """A finished samples.npz of other settings, or of another program: an error, not a loss."""
-    flags = ["--ckpt", runs / "stage2", "--steps", 2, "--mode", "euler", "--device", "cpu"]
-    call(sample, *flags, "--num-images", 2, "--out", tmp_path / "a")
-    refused("sample.py", *flags, "--num-images", 3, "--out", tmp_path / "a", says=["another --out"])
-    (tmp_path / "b").mkdir()
-    np.savez(tmp_path / "b/samples.npz", arr_0=np.zeros(3))
-    refused("sample.py", *flags, "--num-images", 2, "--out", tmp_path / "b", says=["another --out"])
-
-
-def test_classes_by_name_and_a_column_for_each(runs, tmp_path, capsys):
-    flags = ["--ckpt", runs / "stage2", "--steps", 2, "--mode", "euler", "--device", "cpu"]
-    call(sample, *flags, "--num-images", 8, "--classes", "star,0,heart,1", "--out", tmp_path)
-    out = capsys.readouterr().out
-    assert "star, arrow, heart, circle" in out
-    with np.load(tmp_path / "samples.npz") as file:
-        assert file["labels"].tolist() == [6, 0, 4, 1] * 2
-    assert Image.open(tmp_path / "grid.png").size == (4 * 96, 2 * 96)
 
 
 # ---- fid

@@ -1,6 +1,6 @@
 """The method against the paper's equations.
 
-The losses by loops in float64, the draws, the slice of the batch, the teacher, the samplers.
+The losses by loops in float64, the draws, the slice of the batch, an update, guidance's end.
 """
 
 import copy
@@ -14,24 +14,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    NULL,
     TRAIN,
     batch_indices,
     build,
     call,
     one_loss,
+    teacher_file,
     tiny,
-    write_checkpoint,
     write_folder,
 )
 
-import build_teacher
-import models
 import train_stage1
 import train_stage2
 from build_teacher import guided_features, load_teacher
 from common import UserError
-from models import SIZES, SiT, parse_name
-from sample import initial_noise, sample
+from models import SIZES, SiT
 from train_stage1 import (
     Alignment,
     Auxiliary,
@@ -46,8 +44,6 @@ from train_stage1 import (
 )
 from train_stage2 import Guidance
 from vae_latents import LatentFolder
-
-NULL = 10  # the null label of ten classes
 
 
 class Latents:
@@ -86,20 +82,6 @@ def double(draws):
     return Batch(**{n: z.double() if z.is_floating_point() else z for n, z in fields.items()})
 
 
-def teacher_features(teacher, x_t, t, y):
-    """h_dt of a teacher, whose last block it is."""
-    return teacher(x_t, t, y, taps=[teacher.depth])[1][teacher.depth]
-
-
-def teacher_file(folder, model, s=30.0, **flags):
-    """teacher.pt as build_teacher.py makes it of a checkpoint of `model`."""
-    size = next(key for key, size in SIZES.items() if size[:2] == (model.depth, model.width))
-    write_checkpoint(folder / "whole.pt", model, f"SiT-{size}/{model.patch}")
-    flags = [x for key, value in flags.items() for x in (f"--{key.replace('_', '-')}", value)]
-    call(build_teacher, "--ckpt", folder / "whole.pt", "--out", folder, "--guide-scale", s, *flags)
-    return folder / "teacher.pt"
-
-
 def auxiliary_loss(stage, teacher=None, depth=2):
     """The auxiliary loss of a stage, without files: stage 1's two targets, or stage 2's."""
     if stage == "guide":
@@ -111,7 +93,9 @@ def auxiliary_loss(stage, teacher=None, depth=2):
 
 DRAWN = "indices t drop posterior eps u"
 
+
 # ---- the draws
+
 
 SHARES = [(1, 1), (7, 1), (10, 2), (16, 1), (16, 2), (16, 4), (24, 4), (256, 1), (256, 2), (256, 4)]
 
@@ -429,64 +413,7 @@ def test_what_the_loop_logs_is_the_formula(stage, tmp_path):
     assert record[name] == pytest.approx(aux.item(), rel=1e-4)
 
 
-def test_a_run_with_a_teacher_of_another_size(tmp_path):
-    """Stage 1 of SiT-N/8, its teacher, a student SiT-Ti/8: width, depth and heads all differ."""
-    flags = ["--data", write_folder(tmp_path / "d"), "--steps", 2, "--log-every", 1]
-    call(train_stage1, *TRAIN, *flags, "--model", "SiT-N/8", "--out", tmp_path / "stage1")
-    where = ["--ckpt", tmp_path / "stage1", "--out", tmp_path / "teacher"]
-    call(build_teacher, *where, "--student", "SiT-Ti/8")
-    teacher, file = load_teacher(tmp_path / "teacher/teacher.pt")
-    assert (file["args"]["model"], file["step"], file["args"]["stage"]) == ("SiT-N/8", 2, "align")
-    assert file["meta"]["identity"] == LatentFolder(tmp_path / "d").meta["identity"]
-    assert (teacher.depth, teacher.width) == (SIZES["N"].teacher_depth, SIZES["N"].width)
-    given = ["--teacher", tmp_path / "teacher/teacher.pt", "--out", tmp_path / "stage2"]
-    call(train_stage2, *TRAIN, *flags, *given)
-    lines = (tmp_path / "stage2/log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["loss_guide"] > 0 for line in lines] == [True, True]
-    student, saved = models.load_checkpoint(tmp_path / "stage2")
-    assert saved["args"]["model"] == "SiT-Ti/8" and student.depth == SIZES["Ti"].depth
-
-
-# ---- the teacher and the student
-
-
-def test_teacher_is_the_full_networks_tap():
-    model = tiny()
-    x, t, y = torch.randn(3, 4, 16, 16), torch.rand(3), torch.tensor([0, 5, 10])
-    tapped = model(x, t, y, taps=[5])[1][5]
-    full = len(list(model.parameters()))
-    teacher = model.cut(5)
-    velocity, tokens = teacher(x, t, y, taps=[5])
-    assert velocity is None and torch.equal(tokens[5], tapped)
-    assert len(teacher.blocks) == teacher.depth == 5 and len(list(teacher.parameters())) < full
-    assert not any(key.startswith(("final_layer", "blocks.5")) for key in teacher.state_dict())
-
-
-def test_teacher_file_gives_the_frozen_tap(tmp_path):
-    model = tiny(seed=4)
-    teacher, file = load_teacher(teacher_file(tmp_path, model, s=7.0, teacher_depth=3))
-    assert not any(p.requires_grad for p in teacher.parameters()) and not teacher.training
-    assert file["scale"] == 7.0 and teacher.depth == len(teacher.blocks) == 3
-    x, t, y = torch.randn(3, 4, 16, 16), torch.rand(3), torch.tensor([0, 5, 10])
-    assert torch.equal(teacher_features(teacher, x, t, y), model.eval()(x, t, y, taps=[3])[1][3])
-
-
-@pytest.mark.parametrize("classes", [10, 1000])
-def test_guided_features(classes):
-    """s = 1 is f_c, s = 0 is f_u, s = 30 the extrapolation; the null label is num_classes."""
-    teacher = tiny(num_classes=classes).cut(5)
-    x, t, y = torch.randn(3, 4, 16, 16), torch.rand(3), torch.tensor([0, 5, 9])
-    f_c = teacher_features(teacher, x, t, y)
-    f_u = teacher_features(teacher, x, t, torch.full((3,), classes))
-    assert (f_c - f_u).abs().max() > 1e-3
-    for s, want, tolerance in (
-        (1.0, f_c, 1e-5),
-        (0.0, f_u, 1e-5),
-        (30.0, f_u + 30 * (f_c - f_u), 1e-4),
-    ):
-        got = guided_features(teacher, x, t, y, s)
-        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
-        assert got.dtype == torch.float32 and not got.requires_grad
+# ---- what learns, and until when
 
 
 def test_gradients_reach_only_the_student():
@@ -656,185 +583,6 @@ def test_weight_zero_is_vanilla(tmp_path, monkeypatch):
     saved = torch.load(tmp_path / "o/ckpt-0000002.pt", weights_only=True)
     assert saved["projector"] is None and saved["projector_opt"] is None
     assert json.loads((tmp_path / "o/log.jsonl").read_text())["loss_align"] == 0
-
-
-# ---- the samplers, on a Gaussian, whose velocity field is known
-
-
-@pytest.mark.parametrize(
-    "mode,steps,tolerance", [("euler", 200, 0.02), ("heun", 40, 0.02), ("sde", 250, 0.03)]
-)
-def test_samplers_on_a_gaussian(mode, steps, tolerance):
-    """Data N(m, s^2): v(x, t) = E[eps - x0 | x_t = x] in closed form; samples have its m and s."""
-    m, s = 1.5, 0.4
-
-    def velocity(x, t, y):
-        t = t.view(-1, 1, 1, 1)
-        var = (1 - t) ** 2 * s**2 + t**2
-        rest = x - (1 - t) * m
-        return t / var * rest - (m + (1 - t) * s**2 / var * rest), None
-
-    noise = torch.randn(64, 1, 16, 16, generator=torch.Generator().manual_seed(0))
-    y = torch.zeros(64, dtype=torch.long)
-    x = sample(velocity, noise, y, NULL, steps=steps, mode=mode, seeds=range(3, 3 + len(noise)))
-    assert x.dtype == torch.float64
-    assert abs(x.mean() - m) < tolerance and abs(x.std() - s) < tolerance
-
-
-@pytest.mark.parametrize("mode", ["euler", "sde"])
-def test_guidance_interval_runs_one_branch_outside(mode):
-    """Inside, two calls of the batch's own size: with the labels, then with the null label."""
-    calls = []
-
-    def velocity(x, t, y):
-        calls.append((round(t[0].item(), 6), len(x), len(t), y.tolist()))
-        assert (t == t[0]).all()
-        return -x, None
-
-    noise, how = torch.randn(2, 1, 4, 4), {"cfg": 2.0, "interval": (0.25, 0.65)}
-    sample(velocity, noise, torch.tensor([3, 4]), NULL, steps=10, mode=mode, **how)
-    step, wanted = {"euler": 1 / 10, "sde": (1 - 0.04) / 9}[mode], []
-    for t in (1 - i * step for i in range(10)):
-        wanted.append((round(t, 6), 2, 2, [3, 4]))
-        if 0.25 <= t <= 0.65:
-            wanted.append((round(t, 6), 2, 2, [NULL, NULL]))
-    assert 10 < len(wanted) < 20 and calls == wanted
-
-
-def test_guiding_the_velocity_is_guiding_the_drift():
-    """Of the SDE, as the paper has it: its drift is affine in v, so the two differ by rounding."""
-    model, cfg, steps = tiny().double().eval(), 2.0, 60
-    y, null = torch.tensor([1, 4, 7]), torch.tensor([NULL] * 3)
-    noise = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(1)).double()
-
-    def drift(x, t, labels):  # v - w/2 score, with w = 2 t
-        v = model(x, torch.full((3,), t, dtype=torch.float64), labels)[0]
-        return v - t * (-((1 - t) * v + x) / t)
-
-    generators = [torch.Generator().manual_seed(7 + i + 1) for i in range(3)]  # as sample() does
-    times = [1 + (0.04 - 1) * i / (steps - 1) for i in range(steps)] + [0.0]
-    want = noise
-    with torch.no_grad():
-        for t, t_next in zip(times, times[1:], strict=False):
-            guided = drift(want, t, null) + cfg * (drift(want, t, y) - drift(want, t, null))
-            want = want + (t_next - t) * guided
-            if t_next > 0:
-                fresh = [
-                    torch.randn(4, 16, 16, generator=g, dtype=torch.float64) for g in generators
-                ]
-                want = want + math.sqrt(2 * t * (t - t_next)) * torch.stack(fresh)
-    got = sample(model, noise, y, NULL, steps=steps, mode="sde", cfg=cfg, seeds=[7, 8, 9])
-    plain = sample(model, noise, y, NULL, steps=steps, mode="sde", cfg=1.0, seeds=[7, 8, 9])
-    error, size = (got - want).abs().max().item(), want.abs().max().item()
-    print(f"guided velocity against guided drift: {error:.1e} of numbers up to {size:.1f}")
-    assert error < 1e-12 * size
-    assert (got - plain).abs().max() > 0.01  # guidance does something here
-
-
-def test_number_of_network_evaluations():
-    times = []
-
-    def velocity(x, t, y):
-        times.append(t)
-        return -x, None
-
-    for mode, steps, wanted in (("euler", 12, 12), ("heun", 12, 23), ("sde", 12, 12)):
-        times.clear()
-        y = torch.tensor([0])
-        sample(velocity, torch.randn(1, 1, 4, 4), y, NULL, steps=steps, mode=mode)
-        assert len(times) == wanted, mode
-
-
-def test_an_images_noise_depends_on_its_index_alone():
-    one, seeds = initial_noise(5, range(7, 8), (2, 3, 3))
-    many, more = initial_noise(5, range(0, 10), (2, 3, 3))
-    assert torch.equal(one[0], many[7]) and seeds[0] == more[7]
-    model, y = tiny().eval(), torch.arange(6) % 3
-    noise, seeds = initial_noise(0, range(6), (4, 16, 16))
-    how = {"steps": 4, "mode": "sde", "cfg": 2.0}
-    whole = sample(model, noise, y, NULL, **how, seeds=seeds)
-    cuts = [slice(i, i + 2) for i in (0, 2, 4)]
-    parts = [sample(model, noise[c], y[c], NULL, **how, seeds=seeds[c]) for c in cuts]
-    assert (whole - torch.cat(parts)).abs().max() < 1e-4
-
-
-# ---- the model
-
-
-def test_sizes_and_published_parameter_counts():
-    """DiT's table 1 in millions for patch 2 (q/k norm off): S 33, B 130, L 458, XL 675."""
-    for name, millions in (("SiT-S/2", 33), ("SiT-B/2", 130), ("SiT-L/2", 458), ("SiT-XL/2", 675)):
-        with torch.device("meta"):
-            model = build(name, qk_norm=False)
-        count = sum(p.numel() for p in model.parameters())
-        assert round(count / 1e6) == pytest.approx(millions, abs=1)
-    assert list(SIZES) == ["P", "N", "Ti", "W", "S", "B", "L", "XL"]
-    blocks = {"S": (2, 8, 6), "B": (2, 8, 6), "L": (8, 16, 12), "XL": (8, 19, 14)}  # d1, dt, ds
-    assert {key: SIZES[key][3:] for key in blocks} == blocks
-    for key, size in SIZES.items():
-        assert size.width % size.heads == 0 and size.width % 4 == 0
-        assert 1 <= size.align_depth <= size.student_depth < size.teacher_depth <= size.depth
-        for patch in (1, 2, 4, 8):
-            assert parse_name(f"SiT-{key}/{patch}") == (size, patch)
-    for wrong in ("SiT-B/3", "SiT-H/2", "DiT-B/2", "SiT-B", "SiT-B/22"):
-        with pytest.raises(UserError, match=f"--model {wrong}: .*SiT-"):
-            parse_name(wrong)
-
-
-def test_forward_is_zero_at_first_and_deterministic():
-    model = build("SiT-Ti/4", 16, 4, 10)
-    x, t, y = torch.randn(2, 4, 16, 16), torch.rand(2), torch.tensor([0, 10])
-    v, tokens = model.train()(x, t, y, taps=[3])
-    assert v.shape == x.shape and v.abs().max() == 0  # adaLN-Zero
-    assert list(tokens) == [3] and tokens[3].shape == (2, 16, 128)
-    model = tiny().train()
-    assert torch.equal(model(x, t, y)[0], model(x, t, y)[0])
-    v, tokens = model(x, t, y)
-    assert tokens == {}
-    many = model(x, t, y, taps=(2, 7))
-    assert torch.equal(many[0], v) and sorted(many[1]) == [2, 7]  # a tap changes nothing
-    assert not torch.equal(many[1][2], many[1][7])
-
-
-def test_the_time_embedding_stays_in_float32_under_bfloat16():
-    """Neighbouring t's embeddings differ little: in bfloat16 even the direction would be lost."""
-    embedder = tiny().t_embedder
-    exact = copy.deepcopy(embedder).double()
-    t = torch.rand(256, generator=torch.Generator().manual_seed(0)) * 255 / 256
-    near = t + 1 / 256
-
-    def sinusoids(t, dtype):
-        steps = torch.arange(128, dtype=dtype)
-        angles = t[:, None].to(dtype) * torch.exp(-math.log(10000) * steps / 128)
-        return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-    with torch.no_grad():
-        true = exact.mlp(sinusoids(near, torch.float64)) - exact.mlp(sinusoids(t, torch.float64))
-        with torch.autocast("cpu", torch.bfloat16):
-            out, ours = embedder(near), embedder(near) - embedder(t)
-            rounded = [embedder.mlp(sinusoids(x, torch.float32)) for x in (near, t)]
-    assert out.dtype == torch.float32 and rounded[0].dtype == torch.bfloat16
-    ours = torch.cosine_similarity(ours.double(), true, dim=1)
-    by_hand = torch.cosine_similarity(rounded[0].double() - rounded[1].double(), true, dim=1)
-    print(
-        f"time embedding: cosine {ours.min():.6f} at least, in bfloat16 {by_hand.max():.3f} at most"
-    )
-    assert ours.min() > 0.999
-    assert by_hand.max() < 0.9
-
-
-@pytest.mark.parametrize("cut", [False, True])
-def test_flops_match_a_count_by_torch(cut):
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model = tiny(patch=4).eval()
-    inputs = torch.randn(1, 4, 16, 16), torch.rand(1), torch.tensor([0])
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        (model.cut(5) if cut else model)(*inputs)
-    # of a cut network the final layer is counted, too, though it does not run: 1 in 100
-    assert model.forward_flops() == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 # ---- what a GPU would do, as far as a CPU can

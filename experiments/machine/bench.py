@@ -26,6 +26,7 @@ import train_stage1
 from build_teacher import guided_features
 from common import UserError, say, setting
 from experiments.latents.small_vae import from_uint8
+from experiments.machine import judging
 from sample import sample
 from train_stage1 import (
     Alignment,
@@ -272,16 +273,19 @@ def main():
         for title, measure in plan(mode, peak, args.train_steps):
             wanted = name, batch, "whole" in title
             figures.append((wanted, f"{name}, {batch} images: {title}", measure))
+    scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    for title, measure in judging.PLAN.items():
+        figures.append(((*sizes[-1], True), title, partial(measure, scratch=scratch.name)))
     figures = [f for f in figures if args.only in f[1] and (on_card or "released" not in f[1])]
-    figures.sort(key=lambda figure: figure[0][2])  # what is compiled whole comes last
+    figures.sort(key=lambda figure: figure[0][2])  # what is compiled whole is late, judging last
     if not figures:
         raise UserError(f"--only {args.only}: no such figure; try naive, whole or sampling")
     content["figures"] = found = {name: None for _, name, _ in figures}
-    scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch.name  # nothing was compiled before
 
     def stop(number, frame):
         say(f"no time left for: {'; '.join(name for name in found if not found[name])}")
+        judging.stop()
         scratch.cleanup()
         os._exit(0)
 
