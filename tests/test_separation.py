@@ -34,6 +34,8 @@ def test_the_tokens_and_the_second_time_are_even_and_follow_nothing():
     for name, signal in signals.items():
         both = torch.stack([signal.flatten(), second.float().flatten()])
         assert both.corrcoef()[0, 1].abs() < 0.02, name
+    for token in second.float().T:  # s does not follow one token either
+        assert torch.stack([s, token]).corrcoef()[0, 1].abs() < 0.08
     pairs = second[:, 0] & second[:, 1]
     assert abs(pairs.float().mean().item() - 0.25 * 3 / 15) < 0.02
     again, _ = separation.second_time(velocity[7:9], 4, 0.25)  # a row's own, in any batch

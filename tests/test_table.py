@@ -164,7 +164,7 @@ def test_internal_guidance_is_sampled_by_its_own(latents, tmp_path, monkeypatch)
     call(internal_guidance, *TRAIN, "--data", latents, "--steps", 4, "--out", run)
 
     def judges(*args):
-        known = frontier.Judge(lambda images, y: seen.append(images) or {}, "x", 32, 8)
+        known = frontier.Judge(lambda images, y: seen.append(images) or {}, "x", 32, 8, None)
         return {"a judge": known}
 
     monkeypatch.setattr(frontier, "load_judges", judges)
