@@ -16,8 +16,8 @@ from common import UserError, load_file, reading, warn
 
 FORMAT = 2  # of checkpoints and of teacher.pt
 
-# Depth, width D, heads (DiT, table 1). Then blocks, counted from 1: d1, which stage 1 aligns; dt,
-# which teaches; ds, which learns in stage 2. B's and XL's d1 are the authors', the others ours.
+# Depth, width D, heads: DiT's table 1. Then blocks, counted from 1: d1, which stage 1 aligns;
+# dt, which teaches; ds, which learns in stage 2. The d1 of B and XL are the authors', others ours.
 Size = namedtuple("Size", "depth width heads align_depth teacher_depth student_depth")
 SIZES = {  # depth, width, heads, d1, dt, ds
     "P": Size(4, 48, 2, 1, 3, 2),  # P, N: small teachers
@@ -38,7 +38,7 @@ def parse_name(name: str) -> tuple[Size, int]:
     """The Size and the patch side that a name such as "SiT-B/2" stands for."""
     size, _, patch = name.removeprefix("SiT-").partition("/")
     if size not in SIZES or patch not in ("1", "2", "4", "8"):
-        raise UserError(f"--model {name}: must be like SiT-XL/2, of {[*SIZES]} and 1, 2, 4 or 8")
+        raise UserError(f"--model {name}: must be like SiT-XL/2, of {[*SIZES]} and 1, 2, 4, 8")
     return SIZES[size], int(patch)
 
 
@@ -75,7 +75,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         N, T, D = x.shape
-        qkv = self.qkv(x).view(N, T, 3, self.heads, D // self.heads)
+        qkv = self.qkv(x).view(N, T, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, D / heads)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast: in float32
         out = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(D / heads)) v
@@ -141,12 +141,14 @@ class SiT(nn.Module):
 
     def __init__(self, size: Size, patch, input_size, in_channels, num_classes, qk_norm):
         super().__init__()
-        depth, width, heads = size.depth, size.width, size.heads
+        depth, width, heads = size[:3]
         self.depth, self.width, self.patch = depth, width, patch
-        self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
+        self.input_size, self.in_channels = input_size, in_channels
+        self.num_classes = num_classes
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(in_channels, width, patch, patch)})
         self.t_embedder = TimestepEmbedder(width)
-        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, width)})
+        labels = nn.Embedding(num_classes + 1, width)  # the last row is the null label's
+        self.y_embedder = nn.ModuleDict({"embedding_table": labels})
         self.register_buffer("pos_embed", sincos_2d(width, input_size // patch))
         self.blocks = nn.ModuleList(SiTBlock(width, heads, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch, in_channels)
@@ -205,7 +207,7 @@ def build_for(args: dict, meta: dict) -> SiT:
     size, patch = parse_name(args["model"])
     side, channels, classes = meta["height"], meta["channels"], len(meta["classes"])
     if side % patch:
-        raise UserError(f"--model {args['model']}: patches of {patch} do not tile {side} x {side}")
+        raise UserError(f"--model {args['model']}: its patches must tile {side} x {side}")
     return SiT(size, patch, side, channels, classes, args["qk_norm"])
 
 
@@ -241,7 +243,8 @@ def load_checkpoint(path, weights="ema", null_label_for="") -> tuple[SiT, dict]:
     saved = read_checkpoint(path)
     alone = "model" if "model" in saved else "ema"
     with reading(path, f"holds no {weights} network; try --weights model or ema"):
-        args, model = saved["args"], build_for(saved["args"], saved["meta"])
+        args = saved["args"]
+        model = build_for(args, saved["meta"])
         initial = 0.0 if args["ema_ramp"] else args["ema"] ** saved["step"]
         if weights in ("raw", "best"):
             weights = "ema" if weights == "best" and "ema" in saved and initial < 0.1 else alone
@@ -250,5 +253,6 @@ def load_checkpoint(path, weights="ema", null_label_for="") -> tuple[SiT, dict]:
         remedy = "use --weights model" if alone == "model" else "take a later checkpoint"
         raise UserError(f"{path}: its average is {initial:.0%} untrained; {remedy}")
     if null_label_for and args["label_drop"] == 0:
-        raise UserError(f"{path}: {null_label_for} needs a null label; --label-drop 0 trained none")
+        fix = "train without --label-drop 0"
+        raise UserError(f"{path}: {null_label_for} needs a null label; {fix}")
     return model.eval(), saved
