@@ -20,15 +20,15 @@ import torch
 import torch.distributed as dist
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
-IS_FIRST = os.environ.get("RANK") == "0" or not all(name in os.environ for name in TORCHRUN)
+IS_FIRST = os.environ.get("RANK") == "0" or not {*TORCHRUN} <= os.environ.keys()
 
 # ---- Settings: a dataclass. Each field is a flag, and the comment behind it is its --help
 RULES = {"at_least": ge, "above": gt, "below": lt, "at_most": le}  # what holds a number
 
 
 def setting(default, **rules):
-    """A setting that is checked: by RULES, or `choices`. `positional`: it has no flag. `change`: a
-    continued run may change it ("free"), or may and prints so ("printed"); others never may."""
+    """A setting that is checked by RULES or `choices`; `positional`: it has no flag. `change`: a
+    continued run may change it ("free"), or may and prints so ("printed"). Others never may."""
     return field(default=default, metadata=rules)
 
 
@@ -57,7 +57,7 @@ def parse_settings(Settings: type, doc: str):
         for rule, limit in {**whole, **f.metadata}.items():
             if rule in RULES and value is not None and not RULES[rule](value, limit):
                 broken = f"{rule.replace('_', ' ')} {limit}"
-        if isinstance(value, float) and not abs(value) < float("inf"):
+        if isinstance(value, float) and not np.isfinite(value):
             broken = "a finite number"
         if broken or (value == "" and f.default != ""):
             refuse(f"{flag(f.name)} {value}".rstrip() + f": must be {broken or 'a word'}")
@@ -86,14 +86,15 @@ def run(main):
     except KeyboardInterrupt:
         status = 130
     except Exception as error:
-        compiling = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
-        status = 2 if compiling or isinstance(error, (UserError, OSError)) else 1
-        if status == 2 and not IS_FIRST:
-            time.sleep(3)  # the first process reports, then torchrun ends the others
-        what = f"torch.compile failed; use --no-compile ({error})"[:300] if compiling else error
-        if status == 2:
-            say(f"{Path(sys.argv[0]).name}: error: {what}", sys.stderr, rank_0_alone=False)
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            error = UserError(f"torch.compile failed; use --no-compile ({error})"[:300])
+        if isinstance(error, (UserError, OSError)):
+            status = 2
+            if not IS_FIRST:
+                time.sleep(3)  # the first process reports, then torchrun ends the others
+            say(f"{Path(sys.argv[0]).name}: error: {error}", sys.stderr, rank_0_alone=False)
         else:
+            status = 1
             traceback.print_exc()
     if dist.is_initialized():
         if status in (1, 2, 130):
@@ -172,7 +173,7 @@ def atomic_write(path):
 
 
 def lock(folder):
-    """Make `folder`, and keep other runs out while the returned file of the first process lives."""
+    """Make `folder`; other runs are kept out while the file lives that the first process gets."""
     if not IS_FIRST:
         return None
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -203,7 +204,7 @@ def setup(device="auto") -> tuple[torch.device, int, int]:
         if found:
             warn(f"{' '.join(found)}: the rest of {TORCHRUN} is not set; it runs alone")
         elif "SLURM_PROCID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
-            warn("Slurm's tasks do not know of each other; start them with torchrun (README.md)")
+            warn("Slurm's tasks do not know of each other; use torchrun (docs/jobs.md)")
         return torch.device(device), 0, 1
     with reading(" ".join(found), "the others are not found; unset these, or see docs/jobs.md"):
         if not dist.is_initialized():  # gloo carries CPU tensors, NCCL CUDA's
@@ -213,9 +214,10 @@ def setup(device="auto") -> tuple[torch.device, int, int]:
 
 def gather(item=None) -> list:
     """The `item` of every process, in a list by rank. Without an item: wait for all of them."""
-    items = [item] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if dist.is_initialized():
-        dist.all_gather_object(items, item)
+    if not dist.is_initialized():
+        return [item]
+    items = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
     return items
 
 

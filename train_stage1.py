@@ -1,11 +1,11 @@
-"""Stage 1, and THE training loop, which stage 2 and every other method run on, too. In this order:
-settings, draws, losses, loop, state, log; last, stage 1 itself (arXiv 2601.07773).
+"""Stage 1 (arXiv 2601.07773), and THE training loop: stage 2 and every other method run on it.
+In this order: settings, draws, losses, loop, state, log; last, stage 1 itself.
 
     torchrun --nproc_per_node=8 train_stage1.py                 # SiT-XL/2, the paper's settings
 
 Training is a function of the step: (seed, epoch) decides the order of the images, (seed, k) all
 that is random in step k, for the whole batch, of which each process takes its rows. So the same
-command continues a killed run: bit for bit on a CPU with up to two processes, to rounding on more.
+command continues a killed run, on a CPU bit for bit (on more than two processes but for rounding).
 """
 
 import contextlib
@@ -29,7 +29,6 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import common
 import models
 from common import UserError, fingerprint, say, setting, warn
-from models import unpatchify, xavier_linear
 from vae_latents import LatentFolder
 
 
@@ -69,7 +68,7 @@ def order_of_epoch(num_images, seed, epoch) -> np.ndarray:
 
 @dataclass
 class Batch:
-    """All that a step knows of n images; make_batch adds y and the rest. [rows] cuts all alike."""
+    """What a step knows of n images; make_batch adds y and the rest. [rows] cuts all alike."""
 
     indices: torch.Tensor  # (n,) int64, which images of the latent folder they are
     t: torch.Tensor  # (n,), 0 = data, 1 = noise
@@ -88,8 +87,8 @@ class Batch:
 
 
 def draw(step, args, folder, device) -> Batch:
-    """The draws of the whole batch, the same on every process. q is stratified: each image gets
-    a uniform q, together they cover [0, 1], and a range of t = t_of(q) is a slice of the batch."""
+    """The draws of the whole batch, the same on every process. q is stratified: each image's q is
+    uniform, together they cover [0, 1], and a range of t = t_of(q) is a slice of the batch."""
     B, N = args.batch_size, len(folder)
     # A generator for this step alone; the odd factor keeps the seeds of two runs apart
     generator = torch.Generator(device).manual_seed((args.seed * 0x9E3779B1 + step) % 2**32)
@@ -136,23 +135,24 @@ class Projector(nn.Module):
             layers += [nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)]
             layers += [nn.Linear(width, to_latent[0] ** 2 * to_latent[1])]
         self.mlp, self.to_latent = nn.Sequential(*layers), to_latent
-        self.apply(xavier_linear)
+        self.apply(models.xavier_linear)
 
     def forward(self, tokens):
+        answer = self.mlp(tokens)
         if self.to_latent is None:
-            return self.mlp(tokens)
-        return unpatchify(self.mlp(tokens), self.to_latent[0], self.to_latent[1])
+            return answer
+        return models.unpatchify(answer, self.to_latent[0], self.to_latent[1])
 
 
 class Auxiliary:
     """An auxiliary loss on the tokens of one block; for one of your own, write a subclass with
-    `target`. L = L_diff + weight L_aux of each loss in its first `until` steps. L_aux: mean over
-    the WHOLE batch of distance(projector(h_depth), target), zero outside t_min <= t <= t_max."""
+    `target`. L = L_diff + weight L_aux of each loss in its first `until` steps. L_aux is the mean
+    over the WHOLE batch of distance(projector(h_depth), target), 0 outside t_min <= t <= t_max."""
 
     name = "aux"  # in the log and the checkpoint; a run with other names is not continued
     identity = None  # what must stay the same in a continued run, such as a teacher's hash
     teacher = None  # a network that is dropped when the loss ends
-    module = optimizer = rows = ema = None  # set by the loop: projector, its optimizer, slice, EMA
+    module = optimizer = rows = ema = None  # set by the loop: projector, its AdamW, slice, EMA
 
     def __init__(self, args: TrainSettings, depth: int, weight=0.5, until=sys.maxsize):
         self.args, self.depth, self.weight, self.until = args, depth, weight, until
@@ -187,10 +187,11 @@ class LossNetwork(nn.Module):
         """[L_diff, L_aux of each loss], means over n images; a target of None: it has ended."""
         taps = [loss.depth for loss in self.losses if loss.module]
         prediction, tokens = self.model(x_t, t, y_input, taps=taps)
-        loss_diff = (prediction.float() - velocity).square().flatten(1).mean(dim=1).mean()
-        values = [loss_diff] + [torch.zeros_like(loss_diff) for _ in targets]
-        for i, (loss, target) in enumerate(zip(self.losses, targets, strict=True), 1):
+        error = (prediction.float() - velocity).square()
+        values = [error.flatten(1).mean(dim=1).mean()]
+        for loss, target in zip(self.losses, targets, strict=True):
             if target is None:
+                values.append(torch.zeros_like(values[0]))
                 continue
             times = t[loss.rows]
             answer = loss.module(tokens[loss.depth][loss.rows]).float()
@@ -199,12 +200,12 @@ class LossNetwork(nn.Module):
                 shapes = [*answer.shape], [*target.shape], [*distance.shape]
                 raise UserError(f"loss {loss.name}: answer, target, distance do not fit: {shapes}")
             mask = ((times >= loss.t_min) & (times <= loss.t_max)).float()
-            values[i] = (distance * mask).sum() / len(x_t)  # over all n: zero outside the range
+            values.append((distance * mask).sum() / len(x_t))  # over all n, not those in range
         return values
 
 
 def train(args: TrainSettings, *losses: Auxiliary):
-    """Train args.model on args.data into args.out, with each of `losses` whose weight is not 0."""
+    """Train args.model on args.data into args.out, with those `losses` whose weight is not 0."""
     device, rank, world = common.setup(args.device)
     shares = world * args.accum  # into which every batch is cut
     folder, state = begin(args, losses, device, shares)
@@ -220,7 +221,7 @@ def train(args: TrainSettings, *losses: Auxiliary):
                     loss.teacher = loss.module = loss.optimizer = None
                 network = parallel(LossNetwork(state.model, losses), args)
 
-            draws = draw(step, args, folder, device)  # the whole batch, the same on every process
+            draws = draw(step, args, folder, device)  # the whole batch, alike on every process
             values = torch.zeros(1 + len(losses), device=device)
             for w in range(rank, shares, world):  # this process's shares of it
                 batch = make_batch(folder, draws[w::shares])
@@ -229,8 +230,8 @@ def train(args: TrainSettings, *losses: Auxiliary):
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                     targets = [loss.module and loss.target(batch[loss.rows]) for loss in losses]
                     diff, *aux = network(batch.x_t, batch.t, batch.y_input, batch.velocity, targets)
-                weighted = [loss.weight * value for loss, value in zip(losses, aux, strict=True)]
-                ((diff + sum(weighted)) / args.accum).backward()
+                added = sum(loss.weight * value for loss, value in zip(losses, aux, strict=True))
+                ((diff + added) / args.accum).backward()
                 values += torch.stack([diff, *aux]).detach() / args.accum
             if world > 1:
                 dist.all_reduce(values)  # for the log
@@ -253,9 +254,10 @@ def train(args: TrainSettings, *losses: Auxiliary):
 def begin(args, losses, device, shares):
     """(LatentFolder, State). --out is locked before it is read; a new one is made last."""
     folder = LatentFolder(args.data)
-    args.compile = device.type == "cuda" if args.compile is None else args.compile
+    if args.compile is None:
+        args.compile = device.type == "cuda"
     args.stage = "+".join(loss.name for loss in losses)
-    args.t_of_quarters = str(models.t_of(torch.tensor([0.25, 0.5, 0.75])))  # how t is distributed
+    args.t_of_quarters = str(models.t_of(torch.tensor([0.25, 0.5, 0.75])))  # t's distribution
     if len({"diff", *(loss.name for loss in losses)}) <= len(losses):
         raise UserError(f"losses {args.stage}: each needs a name of its own")
     if len(folder.meta["classes"]) == 1:
@@ -331,7 +333,7 @@ class State:
         model.to(device)
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         self.optimizer = adamw(list(model.parameters()), args)
-        # By what their parts are called in a checkpoint: with one loss "projector", without a name
+        # By how their parts' names in a checkpoint end. The first one's end in nothing
         self.losses = {f"_{loss.name}" if i else "": loss for i, loss in enumerate(losses)}
         self.step, self.lock = 0, None  # steps done so far; what keeps other runs out
         # Sums since the last line: L_diff, each L_aux, gradient norm, number of steps
@@ -360,7 +362,7 @@ class State:
         path = Path(args.out, ".lock")
         if self.lock and not (path.exists() and os.path.samefile(path, self.lock.fileno())):
             now = os.path.realpath(f"/proc/self/fd/{self.lock.fileno()}")  # where it has gone
-            raise UserError(f"{args.out}: was moved; its checkpoints are beside {now}, go on there")
+            raise UserError(f"{args.out}: was moved; go on beside {now}, with its checkpoints")
         tensors = [self.sums, *self.model.parameters(), *self.ema.parameters()]
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
             newest = next(iter(models.checkpoints(args.out)), "the beginning")
@@ -380,17 +382,17 @@ class State:
         self.check(args)
         parts = self.parts() if kind == "ckpt" else {"ema": self.ema}
         content = {name: part and part.state_dict() for name, part in parts.items()}
-        content.update({f"identity{name}": loss.identity for name, loss in self.losses.items()})
-        content.update(format=models.FORMAT, step=self.step, sums=self.sums.tolist())
-        content.update(args=vars(args), meta=folder.meta)
+        content |= {f"identity{name}": loss.identity for name, loss in self.losses.items()}
+        content |= {"format": models.FORMAT, "step": self.step, "sums": self.sums.tolist()}
+        content |= {"args": vars(args), "meta": folder.meta}
         path = Path(args.out) / f"{kind}-{self.step:07d}.pt"
         failure = None
         try:
             if rank == 0:
                 with common.atomic_write(path) as file:
                     torch.save(content, file)
-                others = [old for old in models.checkpoints(args.out) if old != path]
-                for old in [*others[args.keep - (kind == "ckpt") :], *path.parent.glob("*.pt.tmp")]:
+                older = models.checkpoints(args.out)[args.keep :]
+                for old in [*older, *path.parent.glob("*.pt.tmp")]:
                     old.unlink(missing_ok=True)  # .tmp: what a killed save has left
         except (UserError, OSError) as error:
             failure = f"stopped after step {self.step}: {error}; run it again"
@@ -412,17 +414,18 @@ class State:
 def continued(path, args, folder) -> dict:
     """The checkpoint at `path`; UserError if it was trained with other settings or latents."""
     saved = models.read_checkpoint(path)
-    step, now, wrong = saved["step"], vars(args), []
+    step, wrong = saved["step"], []
     change = {field.name: field.metadata.get("change") for field in fields(args)}
     older = {"t_of_quarters": "tensor([0.2500, 0.5000, 0.7500])"}  # what older versions lack
     before = {field.name: field.default for field in fields(args)} | older | saved["args"]
     same = saved["meta"]["identity"] == folder.meta["identity"]
     before["data"] = args.data if same else "(other latents)"  # the content counts
-    for key in sorted(before):
-        difference = f"{common.flag(key)} {before[key]} -> {now.get(key, '(no such setting)')}"
-        if before[key] == now.get(key) or change.get(key) == "free":
+    for key, old in sorted(before.items()):
+        if old == getattr(args, key, None) or change.get(key) == "free":
             continue
-        if change.get(key) == "printed" and before[key] != 0:  # a weight of 0 taught nothing
+        new = getattr(args, key, "(no such setting)")
+        difference = f"{common.flag(key)} {old} -> {new}"
+        if change.get(key) == "printed" and old != 0:  # a weight of 0 taught nothing
             say(f"continued with {difference}")
         else:
             wrong.append(difference)
