@@ -391,8 +391,9 @@ class State:
             if rank == 0:
                 with common.atomic_write(path) as file:
                     torch.save(content, file)
-                older = models.checkpoints(args.out)[args.keep :]
-                for old in [*older, *path.parent.glob("*.pt.tmp")]:
+                others = [old for old in models.checkpoints(args.out) if old != path]
+                others = others[args.keep - (kind == "ckpt") :]  # `path` itself always stays
+                for old in [*others, *path.parent.glob("*.pt.tmp")]:
                     old.unlink(missing_ok=True)  # .tmp: what a killed save has left
         except (UserError, OSError) as error:
             failure = f"stopped after step {self.step}: {error}; run it again"
