@@ -27,7 +27,7 @@ from common import UserError, chunks_to_do, fingerprint, progress, say, setting,
 
 FORMAT = 1  # of the latent folder
 DONE, UNREADABLE = 1, 2  # what has become of an image; 0 is to do
-ENDINGS = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+ENDINGS = tuple(end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 TABLES = (".json", ".jsonl", ".cls", ".csv", ".tsv", ".parquet")  # may hold labels
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # or Pillow refuses PNGs with a large colour profile
 
@@ -65,7 +65,8 @@ class AttentionBlock(nn.Module):
 
 
 class Coder(nn.Module):
-    """The encoder ("down") or decoder ("up"); `channels` of its stages in the order they run."""
+    """The encoder ("down") or decoder ("up"); `channels` of its stages, in the order they run.
+    A reader may skip it: it follows diffusers' modules, and the tests find it equal to them."""
 
     def __init__(self, in_channels, out_channels, channels, layers, groups, direction):
         super().__init__()
@@ -79,7 +80,7 @@ class Coder(nn.Module):
             stage = nn.ModuleDict({"resnets": resnets})
             if i < len(channels) - 1:
                 resize, stride = nn.Upsample(scale_factor=2), {"padding": 1}
-                if direction == "down":  # padded right and below alone, as published weights expect
+                if direction == "down":  # padded right and below alone, as in published weights
                     resize, stride = nn.ZeroPad2d((0, 1, 0, 1)), {"stride": 2}
                 conv = nn.Conv2d(width, width, 3, **stride)
                 sampler = nn.Sequential(OrderedDict(resize=resize, conv=conv))
@@ -153,7 +154,7 @@ def load_vae(path) -> AutoencoderKL:
         latent_channels = len(state["quant_conv.bias"]) // 2
         vae = AutoencoderKL(channels, latent_channels, len(convs) // len(channels), scale)
         vae.load_state_dict(state)
-        if not 0 < scale < float("inf"):
+        if not 0 < scale < np.inf:
             raise ValueError(f"its scale is {scale}")
     return vae.eval()
 
@@ -180,7 +181,7 @@ def open_image(path, size=None, white=65535) -> np.ndarray:
     with Image.open(path) as image:
         has_16_bits = ";16" in f"{image.mode} {image.tile}"
         image.load()
-        with contextlib.suppress(Exception):  # damaged metadata is no reason to lose the picture
+        with contextlib.suppress(Exception):  # damaged metadata do not cost the picture
             ImageOps.exif_transpose(image, in_place=True)  # it turns before it writes metadata
         if image.mode in ("I", "F"):  # which of their numbers is white?
             raise ValueError("its pixels have 32 bits; save it with 8 or 16")
@@ -206,26 +207,28 @@ def image_files(folder, seen: set, left_out: list) -> list[tuple[str, int]]:
     """(Path, bytes) of each image file, by folder and name; `left_out` gets all other paths."""
     files = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        is_image = entry.is_file() and os.path.splitext(entry.name)[1].lower() in ENDINGS
+        is_image = entry.is_file() and entry.name.lower().endswith(ENDINGS)
         stat = entry.stat() if is_image or entry.is_dir() else None
         inode = stat and (stat.st_dev, stat.st_ino)
         if stat is None or inode in seen or entry.name.startswith("."):
             left_out.append(entry.path)
             continue
         seen.add(inode)  # each file counts once, whatever links to it
-        files += [(entry.path, stat.st_size)] if is_image else image_files(entry, seen, left_out)
+        own = [(entry.path, stat.st_size)]
+        files += own if is_image else image_files(entry, seen, left_out)
     return sorted(files, key=lambda found: os.path.split(found[0]))
 
 
 class Images(Dataset):
-    """The images of DIR/<class>/**, or those that DIR/dataset.json lists (EDM, Karras et al. 2022).
-    Item i: (pixels (size, size, 3) uint8, ""), or (None, what is wrong)."""
+    """The images of DIR/<class>/**, or those that EDM's DIR/dataset.json lists (Karras et al.
+    2022). Item i: (pixels (size, size, 3) uint8, ""), or (None, what is wrong)."""
 
     def __init__(self, root, size, white=65535):
         self.size, self.white, left_out, seen = size, white, [], set()
         say(f"--images {root}: listing")
         inside = sorted(os.scandir(root), key=lambda entry: entry.name)
-        folders = [entry for entry in inside if entry.is_dir() and not entry.name.startswith(".")]
+        shown = [entry for entry in inside if not entry.name.startswith(".")]
+        folders = [entry for entry in shown if entry.is_dir()]
         beside = [entry.path for entry in inside if entry not in folders]
         if (edm := os.path.join(root, "dataset.json")) in beside:
             with common.reading(edm, "is no list of [name, label]; write it with EDM's tool"):
@@ -234,30 +237,33 @@ class Images(Dataset):
                 self.labels = [range(10**6)[label] for _, label in pairs]  # whole numbers
                 self.classes = [str(label) for label in range(1 + max(self.labels))]
         else:
-            below = [image_files(entry, seen, left_out) for entry in progress("listed", folders)]
-            found = [entry for entries in below for entry in entries]
+            below = [image_files(path, seen, left_out) for path in progress("listed", folders)]
+            found = [each for files in below for each in files]
             self.labels = [label for label, files in enumerate(below) for _ in files]
             self.classes = [entry.name for entry in folders]
-            near = [path for path in left_out if os.path.splitext(path)[1] in (".txt", *TABLES)]
-            tables = [path for path in beside if os.path.splitext(path)[1] in TABLES]
-            shards = all(re.fullmatch(r"([a-z]+[-_]?)?\d{3,6}|\d+", name) for name in self.classes)
+            near = [path for path in left_out if path.endswith((".txt", *TABLES))]
+            tables = [path for path in beside if path.endswith(TABLES)]
+            numbered = re.compile(r"([a-z]+[-_]?)?\d{3,6}|\d+").fullmatch
+            shards = all(map(numbered, self.classes))
             if (tables and shards) or 2 * len(near) > len(self.labels) > 0:
                 what = f"has folders like shards and {[*tables, *near][0]} like labels"
-                raise UserError(f"{root}: {what}; write EDM's dataset.json, or move that file away")
+                raise UserError(f"{root}: {what}; write EDM's dataset.json, or move that away")
             empty = [name for name, files in zip(self.classes, below, strict=True) if not files]
             if empty or not below:
                 raise UserError(f"{root}: needs a folder for each class; empty: {empty}")
             splits = "train training val valid validation test testing images __macosx".split()
             if len(below) == 1 or {name.lower() for name in self.classes} & {*splits}:
-                warn(f"{root}: each folder in it becomes a class: {', '.join(self.classes[:10])}")
+                warn(f"{root}: each folder becomes a class: {', '.join(self.classes[:10])}")
         self.files, sizes = map(list, zip(*found, strict=True))  # no times: a copy has others
         self.names = [os.path.relpath(path, root) for path in self.files]
         some = range(0, len(found), 1 + len(found) // 64)
         readable = [Path(self.files[i]) for i in some if os.access(self.files[i], os.R_OK)]
         self.identity = fingerprint(self.names, sizes, [path.read_bytes() for path in readable])
-        most = max((int(x.max()) for x, _ in [self[i] for i in some] if x is not None), default=255)
+        tried = [self[i][0] for i in some]
+        most = max((int(pixels.max()) for pixels in tried if pixels is not None), default=255)
         if most <= 64:  # a quarter of white
-            warn(f"{root}: no pixel is above {most * white // 255} of {white}; give --white NUMBER")
+            most = most * white // 255
+            warn(f"{root}: no pixel is above {most} of {white}; give --white NUMBER")
         names = f"{len(self.classes)} classes ({', '.join(self.classes[:10])})"
         others = f"{len(beside)} beside the classes, {len(left_out)} in them {left_out[:1]}"
         say(f"{len(found)} images of {names}; hidden, linked twice or no images: {others}")
@@ -270,8 +276,9 @@ class Images(Dataset):
 
 
 class LatentFolder:
-    """.meta (dict), .labels (N,) int64, .moments (N, 2C, H, W) float16 map. meta.json needs format,
-    num_images, channels, height, width, scale, classes; without vae (path, identity) give --vae."""
+    """.meta (dict), .labels (N,) int64, .moments (N, 2C, H, W) float16 map. meta.json needs
+    format, num_images, channels, height, width, scale and classes. It may lack vae (path and
+    identity); then whatever decodes needs --vae."""
 
     def __init__(self, path):
         self.path = path = Path(path)
@@ -281,19 +288,19 @@ class LatentFolder:
             self.meta = meta = json.loads((path / "meta.json").read_text())
             labels = np.load(path / "labels.npy").astype(np.int64, casting="safe")
             self.labels, N = torch.from_numpy(labels), meta["num_images"]
-            self.moments = np.load(path / "moments.npy", mmap_mode="c")[:N]  # "c": a private map
+            self.moments = np.load(path / "moments.npy", mmap_mode="c")[:N]  # a private map
             C, H, W = self.shape = meta["channels"], meta["height"], meta["width"]
             found = self.moments.dtype, self.moments.shape, labels.shape
             if found != (np.float16, (N, 2 * C, H, W), (N,)) or H != W:
                 raise ValueError(f"moments.npy and labels.npy are {found}, of {H} x {W}")
-            inside = ((labels >= 0) & (labels < len(meta["classes"]))).all()
-            scale, kind = meta["scale"], meta["format"]
-            if kind != FORMAT or not inside or not 0 < scale < float("inf"):
-                raise ValueError(f"labels {labels.min()} to {labels.max()}, {scale}, format {kind}")
+            classes, scale, kind = meta["classes"], meta["scale"], meta["format"]
+            low, high = labels.min(), labels.max()
+            if kind != FORMAT or low < 0 or high >= len(classes) or not 0 < scale < np.inf:
+                raise ValueError(f"labels {low} to {high}, scale {scale}, format {kind}")
             some = self.moments[np.linspace(0, N - 1, min(N, 64)).astype(int)]
-            meta["identity"] = fingerprint(self.labels, meta["classes"], meta["scale"], some)
+            meta["identity"] = fingerprint(self.labels, classes, scale, some)
             meta.setdefault("vae", {"path": None, "identity": None})
-            meta["counts"] = np.bincount(labels, minlength=len(meta["classes"])).tolist()
+            meta["counts"] = np.bincount(labels, minlength=len(classes)).tolist()
 
     def __len__(self):
         return len(self.labels)
@@ -356,7 +363,8 @@ def finish(images, vae, moments, done, meta, out):
     mean, std = np.split(some, 2, axis=1)
     meta["std"] = float(vae.scale * np.sqrt(mean.var() + (std**2).mean()))  # of x0
     meta |= {"format": FORMAT, "num_images": len(kept), "classes": images.classes}
-    meta |= zip(("scale", "channels", "height", "width"), (vae.scale, *mean.shape[1:]), strict=True)
+    meta["scale"] = vae.scale
+    meta["channels"], meta["height"], meta["width"] = mean.shape[1:]
     with common.atomic_write(out / "labels.npy") as file:
         np.save(file, np.array(images.labels, dtype=np.int64)[kept])
     for name, content in (("files", [images.names[i] for i in kept]), ("meta", meta)):
@@ -388,14 +396,16 @@ def main():
         raise UserError(f"{out}: holds a part of other latents; remove it, or choose another --out")
     common.gather()  # all have looked before the first one writes
     done = shared_array(part, (len(images.files),), np.uint8, rank)
-    shape = (len(images.files), 2 * vae.latent_channels, *2 * [args.image_size // vae.factor])
+    side = args.image_size // vae.factor
+    shape = (len(images.files), 2 * vae.latent_channels, side, side)
     moments = shared_array(out / "moments.npy", shape, np.float16, rank)
     vae = vae.to(device, memory_format=torch.channels_last)
     encode(images, vae, device, moments, done, args.batch_size, rank, world)
     common.gather()  # wait for the others
     if rank == 0:
-        meta = {"tag": tag, "image_size": args.image_size, "source": os.path.abspath(args.images)}
-        meta["vae"] = {"path": os.path.abspath(args.vae), "identity": vae.identity()}
+        source, path = map(os.path.abspath, (args.images, args.vae))
+        meta = {"tag": tag, "image_size": args.image_size, "source": source}
+        meta["vae"] = {"path": path, "identity": vae.identity()}
         finish(images, vae, moments, done, meta, out)
         part.unlink()
 
