@@ -88,13 +88,12 @@ def run(main):
     except Exception as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             error = UserError(f"torch.compile failed; use --no-compile ({error})"[:300])
-        if isinstance(error, (UserError, OSError)):
-            status = 2
-            if not IS_FIRST:
-                time.sleep(3)  # the first process reports, then torchrun ends the others
+        status = 2 if isinstance(error, (UserError, OSError)) else 1
+        if status == 2 and not IS_FIRST:
+            time.sleep(3)  # the first process reports, then torchrun ends the others
+        if status == 2:
             say(f"{Path(sys.argv[0]).name}: error: {error}", sys.stderr, rank_0_alone=False)
         else:
-            status = 1
             traceback.print_exc()
     if dist.is_initialized():
         if status in (1, 2, 130):

@@ -142,9 +142,8 @@ class SiT(nn.Module):
     def __init__(self, size: Size, patch, input_size, in_channels, num_classes, qk_norm):
         super().__init__()
         depth, width, heads = size[:3]
-        self.depth, self.width, self.patch = depth, width, patch
-        self.input_size, self.in_channels = input_size, in_channels
-        self.num_classes = num_classes
+        self.depth, self.width, self.patch, self.in_channels = depth, width, patch, in_channels
+        self.input_size, self.num_classes = input_size, num_classes
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(in_channels, width, patch, patch)})
         self.t_embedder = TimestepEmbedder(width)
         labels = nn.Embedding(num_classes + 1, width)  # the last row is the null label's
@@ -241,9 +240,8 @@ def load_checkpoint(path, weights="ema", null_label_for="") -> tuple[SiT, dict]:
     if Path(path).is_dir():
         path = next(iter(checkpoints(path)), Path(path) / "ckpt-*.pt")
     saved = read_checkpoint(path)
-    alone = "model" if "model" in saved else "ema"
+    args, alone = saved["args"], "model" if "model" in saved else "ema"
     with reading(path, f"holds no {weights} network; try --weights model or ema"):
-        args = saved["args"]
         model = build_for(args, saved["meta"])
         initial = 0.0 if args["ema_ramp"] else args["ema"] ** saved["step"]
         if weights in ("raw", "best"):
@@ -253,6 +251,5 @@ def load_checkpoint(path, weights="ema", null_label_for="") -> tuple[SiT, dict]:
         remedy = "use --weights model" if alone == "model" else "take a later checkpoint"
         raise UserError(f"{path}: its average is {initial:.0%} untrained; {remedy}")
     if null_label_for and args["label_drop"] == 0:
-        fix = "train without --label-drop 0"
-        raise UserError(f"{path}: {null_label_for} needs a null label; {fix}")
+        raise UserError(f"{path}: {null_label_for} needs a null label; --label-drop 0 trained none")
     return model.eval(), saved

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import signal
-import sys
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -138,10 +137,9 @@ class Projector(nn.Module):
         self.apply(models.xavier_linear)
 
     def forward(self, tokens):
-        answer = self.mlp(tokens)
         if self.to_latent is None:
-            return answer
-        return models.unpatchify(answer, self.to_latent[0], self.to_latent[1])
+            return self.mlp(tokens)
+        return models.unpatchify(self.mlp(tokens), self.to_latent[0], self.to_latent[1])
 
 
 class Auxiliary:
@@ -154,7 +152,7 @@ class Auxiliary:
     teacher = None  # a network that is dropped when the loss ends
     module = optimizer = rows = ema = None  # set by the loop: projector, its AdamW, slice, EMA
 
-    def __init__(self, args: TrainSettings, depth: int, weight=0.5, until=sys.maxsize):
+    def __init__(self, args: TrainSettings, depth: int, weight=0.5, until=math.inf):
         self.args, self.depth, self.weight, self.until = args, depth, weight, until
         self.t_min, self.t_max = args.t_min, args.t_max
         if self.t_min >= self.t_max:
@@ -187,8 +185,7 @@ class LossNetwork(nn.Module):
         """[L_diff, L_aux of each loss], means over n images; a target of None: it has ended."""
         taps = [loss.depth for loss in self.losses if loss.module]
         prediction, tokens = self.model(x_t, t, y_input, taps=taps)
-        error = (prediction.float() - velocity).square()
-        values = [error.flatten(1).mean(dim=1).mean()]
+        values = [(prediction.float() - velocity).square().flatten(1).mean(dim=1).mean()]
         for loss, target in zip(self.losses, targets, strict=True):
             if target is None:
                 values.append(torch.zeros_like(values[0]))
@@ -247,7 +244,7 @@ def train(args: TrainSettings, *losses: Auxiliary):
                 state.save(args, folder, rank, "ckpt")
             if stopping and state.step < args.steps:
                 say(f"stopped by a signal after step {state.step}, which is saved; run it again")
-                sys.exit(143)  # not 0: what needs the finished run must not follow
+                raise SystemExit(143)  # not 0: what needs the finished run must not follow
     say(f"{args.out}: done at step {args.steps}")
 
 
@@ -392,8 +389,7 @@ class State:
                 with common.atomic_write(path) as file:
                     torch.save(content, file)
                 others = [old for old in models.checkpoints(args.out) if old != path]
-                others = others[args.keep - (kind == "ckpt") :]  # `path` itself always stays
-                for old in [*others, *path.parent.glob("*.pt.tmp")]:
+                for old in [*others[args.keep - (kind == "ckpt") :], *path.parent.glob("*.pt.tmp")]:
                     old.unlink(missing_ok=True)  # .tmp: what a killed save has left
         except (UserError, OSError) as error:
             failure = f"stopped after step {self.step}: {error}; run it again"
@@ -416,16 +412,15 @@ def continued(path, args, folder) -> dict:
     """The checkpoint at `path`; UserError if it was trained with other settings or latents."""
     saved = models.read_checkpoint(path)
     step, wrong = saved["step"], []
-    change = {field.name: field.metadata.get("change") for field in fields(args)}
+    change = {f.name: f.metadata.get("change") for f in fields(args)}
     older = {"t_of_quarters": "tensor([0.2500, 0.5000, 0.7500])"}  # what older versions lack
-    before = {field.name: field.default for field in fields(args)} | older | saved["args"]
+    before = {f.name: f.default for f in fields(args)} | older | saved["args"]
     same = saved["meta"]["identity"] == folder.meta["identity"]
     before["data"] = args.data if same else "(other latents)"  # the content counts
     for key, old in sorted(before.items()):
         if old == getattr(args, key, None) or change.get(key) == "free":
             continue
-        new = getattr(args, key, "(no such setting)")
-        difference = f"{common.flag(key)} {old} -> {new}"
+        difference = f"{common.flag(key)} {old} -> {getattr(args, key, '(no such setting)')}"
         if change.get(key) == "printed" and old != 0:  # a weight of 0 taught nothing
             say(f"continued with {difference}")
         else:
@@ -484,7 +479,7 @@ def heard_signals():
             signal.signal(number, before[number])
             os.kill(os.getpid(), number)
 
-    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1  # Slurm's
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1  # the last: Slurm's
     numbers = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # as nohup does
     before = {number: signal.signal(number, hear) for number in numbers}
     try:

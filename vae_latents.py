@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import re
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,19 +70,17 @@ class Coder(nn.Module):
     def __init__(self, in_channels, out_channels, channels, layers, groups, direction):
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
-        stages, before = nn.ModuleList(), channels[0]
+        stages = nn.ModuleList()
         for i, width in enumerate(channels):
-            resnets = nn.ModuleList()
-            for _ in range(layers):
-                resnets.append(ResnetBlock(before, width, groups))
-                before = width
+            inputs = [channels[max(0, i - 1)]] + (layers - 1) * [width]  # the blocks' channels
+            resnets = nn.ModuleList(ResnetBlock(n, width, groups) for n in inputs)
             stage = nn.ModuleDict({"resnets": resnets})
             if i < len(channels) - 1:
                 resize, stride = nn.Upsample(scale_factor=2), {"padding": 1}
                 if direction == "down":  # padded right and below alone, as in published weights
                     resize, stride = nn.ZeroPad2d((0, 1, 0, 1)), {"stride": 2}
-                conv = nn.Conv2d(width, width, 3, **stride)
-                sampler = nn.Sequential(OrderedDict(resize=resize, conv=conv))
+                sampler = nn.Sequential(resize)
+                sampler.add_module("conv", nn.Conv2d(width, width, 3, **stride))
                 stage[f"{direction}samplers"] = nn.ModuleList([sampler])
             stages.append(stage)
         self.add_module(f"{direction}_blocks", stages)
@@ -168,10 +165,11 @@ def find_vae(given, meta) -> AutoencoderKL:
     vae = load_vae(path)
     fits = (vae.latent_channels, vae.scale) == (meta["channels"], meta["scale"])
     same = meta["vae"].get("identity") in (None, vae.identity())
+    problem = f"{path}: is not the VAE that made the latents"
     if not fits or not (same or given):
-        raise UserError(f"{path}: is not the VAE that made the latents; give that one as --vae")
+        raise UserError(f"{problem}; give that one as --vae")
     if not same:  # the user insists on it
-        warn(f"{path}: is not the VAE that made the latents")
+        warn(problem)
     return vae
 
 
@@ -214,8 +212,7 @@ def image_files(folder, seen: set, left_out: list) -> list[tuple[str, int]]:
             left_out.append(entry.path)
             continue
         seen.add(inode)  # each file counts once, whatever links to it
-        own = [(entry.path, stat.st_size)]
-        files += own if is_image else image_files(entry, seen, left_out)
+        files += [(entry.path, stat.st_size)] if is_image else image_files(entry, seen, left_out)
     return sorted(files, key=lambda found: os.path.split(found[0]))
 
 
@@ -227,15 +224,14 @@ class Images(Dataset):
         self.size, self.white, left_out, seen = size, white, [], set()
         say(f"--images {root}: listing")
         inside = sorted(os.scandir(root), key=lambda entry: entry.name)
-        shown = [entry for entry in inside if not entry.name.startswith(".")]
-        folders = [entry for entry in shown if entry.is_dir()]
+        folders = [entry for entry in inside if entry.is_dir() and not entry.name.startswith(".")]
         beside = [entry.path for entry in inside if entry not in folders]
         if (edm := os.path.join(root, "dataset.json")) in beside:
             with common.reading(edm, "is no list of [name, label]; write it with EDM's tool"):
                 pairs = sorted(json.loads(Path(edm).read_text())["labels"])
                 found = [(path := f"{root}/{name}", os.stat(path).st_size) for name, _ in pairs]
                 self.labels = [range(10**6)[label] for _, label in pairs]  # whole numbers
-                self.classes = [str(label) for label in range(1 + max(self.labels))]
+                self.classes = [*map(str, range(1 + max(self.labels)))]
         else:
             below = [image_files(path, seen, left_out) for path in progress("listed", folders)]
             found = [each for files in below for each in files]
@@ -243,8 +239,7 @@ class Images(Dataset):
             self.classes = [entry.name for entry in folders]
             near = [path for path in left_out if path.endswith((".txt", *TABLES))]
             tables = [path for path in beside if path.endswith(TABLES)]
-            numbered = re.compile(r"([a-z]+[-_]?)?\d{3,6}|\d+").fullmatch
-            shards = all(map(numbered, self.classes))
+            shards = all(re.fullmatch(r"([a-z]+[-_]?)?\d{3,6}|\d+", name) for name in self.classes)
             if (tables and shards) or 2 * len(near) > len(self.labels) > 0:
                 what = f"has folders like shards and {[*tables, *near][0]} like labels"
                 raise UserError(f"{root}: {what}; write EDM's dataset.json, or move that away")
@@ -262,8 +257,7 @@ class Images(Dataset):
         tried = [self[i][0] for i in some]
         most = max((int(pixels.max()) for pixels in tried if pixels is not None), default=255)
         if most <= 64:  # a quarter of white
-            most = most * white // 255
-            warn(f"{root}: no pixel is above {most} of {white}; give --white NUMBER")
+            warn(f"{root}: no pixel is above {most * white // 255} of {white}; give --white NUMBER")
         names = f"{len(self.classes)} classes ({', '.join(self.classes[:10])})"
         others = f"{len(beside)} beside the classes, {len(left_out)} in them {left_out[:1]}"
         say(f"{len(found)} images of {names}; hidden, linked twice or no images: {others}")
@@ -294,9 +288,9 @@ class LatentFolder:
             if found != (np.float16, (N, 2 * C, H, W), (N,)) or H != W:
                 raise ValueError(f"moments.npy and labels.npy are {found}, of {H} x {W}")
             classes, scale, kind = meta["classes"], meta["scale"], meta["format"]
-            low, high = labels.min(), labels.max()
-            if kind != FORMAT or low < 0 or high >= len(classes) or not 0 < scale < np.inf:
-                raise ValueError(f"labels {low} to {high}, scale {scale}, format {kind}")
+            inside = 0 <= labels.min() and labels.max() < len(classes)
+            if kind != FORMAT or not inside or not 0 < scale < np.inf:
+                raise ValueError(f"labels {labels.min()} to {labels.max()}, {scale}, format {kind}")
             some = self.moments[np.linspace(0, N - 1, min(N, 64)).astype(int)]
             meta["identity"] = fingerprint(self.labels, classes, scale, some)
             meta.setdefault("vae", {"path": None, "identity": None})
@@ -381,7 +375,8 @@ def main():
         raise UserError("--images DIR and --vae FILE: are both needed; give them")
     device, rank, world = common.setup(args.device)
     vae = load_vae(args.vae)
-    if args.image_size % vae.factor or args.image_size < 2 * vae.factor:
+    side, rest = divmod(args.image_size, vae.factor)
+    if rest or side < 2:
         raise UserError(f"--image-size {args.image_size}: must be {vae.factor} times 2, 3, ...")
     images = common.gather(rank or Images(args.images, args.image_size, args.white))[0]
     out = Path(args.out)
@@ -396,16 +391,14 @@ def main():
         raise UserError(f"{out}: holds a part of other latents; remove it, or choose another --out")
     common.gather()  # all have looked before the first one writes
     done = shared_array(part, (len(images.files),), np.uint8, rank)
-    side = args.image_size // vae.factor
     shape = (len(images.files), 2 * vae.latent_channels, side, side)
     moments = shared_array(out / "moments.npy", shape, np.float16, rank)
     vae = vae.to(device, memory_format=torch.channels_last)
     encode(images, vae, device, moments, done, args.batch_size, rank, world)
     common.gather()  # wait for the others
     if rank == 0:
-        source, path = map(os.path.abspath, (args.images, args.vae))
-        meta = {"tag": tag, "image_size": args.image_size, "source": source}
-        meta["vae"] = {"path": path, "identity": vae.identity()}
+        meta = {"tag": tag, "image_size": args.image_size, "source": os.path.abspath(args.images)}
+        meta["vae"] = {"path": os.path.abspath(args.vae), "identity": vae.identity()}
         finish(images, vae, moments, done, meta, out)
         part.unlink()
 
