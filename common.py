@@ -27,14 +27,14 @@ RULES = {"at_least": ge, "above": gt, "below": lt, "at_most": le}  # what holds 
 
 
 def setting(default, **rules):
-    """A setting that is checked by RULES or `choices`; `positional`: it has no flag. `change`: a
+    """A setting that is checked by RULES or `choices`; `positional`: without a flag. `change`: a
     continued run may change it ("free"), or may and prints so ("printed"). Others never may."""
     return field(default=default, metadata=rules)
 
 
 def parse_settings(Settings: type, doc: str):
     """The command line as an object of the dataclass `Settings`; UserError for a bad value."""
-    source = "".join(map(inspect.getsource, reversed(Settings.__mro__[:-1])))
+    source = "".join(map(inspect.getsource, reversed(Settings.__mro__[:-1])))  # bases first
     comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", source, re.MULTILINE))
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -110,9 +110,8 @@ def say(text, stream=None, rank_0_alone=True):
         return
     coding = getattr(stream, "encoding", None) or "utf-8"
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    line = line.encode(coding, "backslashreplace").decode(coding)
     try:
-        print(line, file=stream, flush=True)
+        print(line.encode(coding, "backslashreplace").decode(coding), file=stream, flush=True)
     except OSError:  # a closed pipe or a full disk does not stop a run: print no more
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
@@ -123,7 +122,8 @@ def warn(text):
 
 @contextlib.contextmanager
 def reading(path, problem):
-    """Turn whatever goes wrong while a user's file is read into one line: "PATH: problem"."""
+    """Turn whatever goes wrong while a user's file is read into "PATH: problem (reason)"; so
+    `problem` has to say what the file is not, and what to do."""
     try:
         yield
     except UserError:
@@ -145,7 +145,7 @@ def load_file(path, format=None) -> dict:
     """torch.load of tensors and plain Python, never of code, after checksums; in `reading`. The
     tensors stay mapped to the file: copy what must outlive it."""
     zipped = zipfile.is_zipfile(path)
-    if zipped and (bad := zipfile.ZipFile(path).testzip()):
+    if zipped and (bad := zipfile.ZipFile(path).testzip()):  # torch checks no mapped file
         raise ValueError(f"the checksum of {bad} is wrong")
     saved = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=zipped))
     if format and saved.get("format") != format:
@@ -172,7 +172,7 @@ def atomic_write(path):
 
 
 def lock(folder):
-    """Make `folder`; other runs are kept out while the file lives that the first process gets."""
+    """Make `folder`, and keep other runs out while the first process's returned file lives."""
     if not IS_FIRST:
         return None
     Path(folder).mkdir(parents=True, exist_ok=True)

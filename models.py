@@ -17,7 +17,7 @@ from common import UserError, load_file, reading, warn
 FORMAT = 2  # of checkpoints and of teacher.pt
 
 # Depth, width D, heads: DiT's table 1. Then blocks, counted from 1: d1, which stage 1 aligns;
-# dt, which teaches; ds, which learns in stage 2. The d1 of B and XL are the authors', others ours.
+# dt, which teaches; ds, which learns in stage 2. The authors give d1 of B and XL; others are ours.
 Size = namedtuple("Size", "depth width heads align_depth teacher_depth student_depth")
 SIZES = {  # depth, width, heads, d1, dt, ds
     "P": Size(4, 48, 2, 1, 3, 2),  # P, N: small teachers
@@ -75,7 +75,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         N, T, D = x.shape
-        qkv = self.qkv(x).view(N, T, 3, self.heads, -1)
+        qkv = self.qkv(x).view(N, T, 3, self.heads, -1)  # q, k and v of each head
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, D / heads)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast: in float32
         out = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(D / heads)) v
@@ -117,14 +117,14 @@ class FinalLayer(nn.Module):
 def unpatchify(patches, patch, channels):
     """Patches (N, T, p*p*C) -> (N, C, H, W), for a square grid of T patches, row by row."""
     side = math.isqrt(patches.shape[1])
-    x = patches.view(-1, side, side, patch, patch, channels)
+    x = patches.view(-1, side, side, patch, patch, channels)  # (N, row, column, p, p, C)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, side * patch, side * patch)
 
 
 def sincos_2d(width, side):
     """Fixed position table (1, side*side, D): half of D for the column, half for the row."""
     omega = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega  # (side, D / 4)
     table = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D / 2)
     columns, rows = table.expand(side, side, -1), table[:, None].expand(side, side, -1)
     return torch.cat([columns, rows], dim=2).reshape(1, side * side, width).float()

@@ -5,7 +5,7 @@ In this order: settings, draws, losses, loop, state, log; last, stage 1 itself.
 
 Training is a function of the step: (seed, epoch) decides the order of the images, (seed, k) all
 that is random in step k, for the whole batch, of which each process takes its rows. So the same
-command continues a killed run, on a CPU bit for bit (on more than two processes but for rounding).
+command continues a killed run: on a CPU bit for bit, with more than two processes to rounding.
 """
 
 import contextlib
@@ -86,8 +86,8 @@ class Batch:
 
 
 def draw(step, args, folder, device) -> Batch:
-    """The draws of the whole batch, the same on every process. q is stratified: each image's q is
-    uniform, together they cover [0, 1], and a range of t = t_of(q) is a slice of the batch."""
+    """The draws of the whole batch, alike on every process. q is stratified: each image gets a
+    uniform q, together they cover [0, 1], and a range of t = t_of(q) is a slice of the batch."""
     B, N = args.batch_size, len(folder)
     # A generator for this step alone; the odd factor keeps the seeds of two runs apart
     generator = torch.Generator(device).manual_seed((args.seed * 0x9E3779B1 + step) % 2**32)
@@ -114,7 +114,7 @@ def make_batch(folder, draws) -> Batch:
     """SiT's linear interpolant (arXiv 2401.08740, section 2) of latents and a step's draws."""
     device, null_label = draws.t.device, len(folder.meta["classes"])
     moments, y = (x.to(device, non_blocking=True) for x in folder.read(draws.indices))
-    mean, std = moments.float().chunk(2, dim=1)
+    mean, std = moments.float().chunk(2, dim=1)  # each (n, C, H, W)
     x0 = folder.meta["scale"] * (mean + std * draws.posterior)  # a sample of the posterior
     y_input = torch.where(draws.drop, null_label, y)
     noise_level = draws.t.view(-1, 1, 1, 1)
@@ -144,8 +144,8 @@ class Projector(nn.Module):
 
 class Auxiliary:
     """An auxiliary loss on the tokens of one block; for one of your own, write a subclass with
-    `target`. L = L_diff + weight L_aux of each loss in its first `until` steps. L_aux is the mean
-    over the WHOLE batch of distance(projector(h_depth), target), 0 outside t_min <= t <= t_max."""
+    `target`. L = L_diff + weight L_aux of each loss in its first `until` steps. L_aux: mean over
+    the WHOLE batch of distance(projector(h_depth), target), 0 outside t_min <= t <= t_max."""
 
     name = "aux"  # in the log and the checkpoint; a run with other names is not continued
     identity = None  # what must stay the same in a continued run, such as a teacher's hash
@@ -183,7 +183,7 @@ class LossNetwork(nn.Module):
 
     def forward(self, x_t, t, y_input, velocity, targets):
         """[L_diff, L_aux of each loss], means over n images; a target of None: it has ended."""
-        taps = [loss.depth for loss in self.losses if loss.module]
+        taps = [loss.depth for loss in self.losses if loss.module]  # None: ended, or weight 0
         prediction, tokens = self.model(x_t, t, y_input, taps=taps)
         values = [(prediction.float() - velocity).square().flatten(1).mean(dim=1).mean()]
         for loss, target in zip(self.losses, targets, strict=True):
@@ -202,10 +202,10 @@ class LossNetwork(nn.Module):
 
 
 def train(args: TrainSettings, *losses: Auxiliary):
-    """Train args.model on args.data into args.out, with those `losses` whose weight is not 0."""
+    """Train args.model on args.data into args.out, with all `losses` whose weight is not 0."""
     device, rank, world = common.setup(args.device)
     shares = world * args.accum  # into which every batch is cut
-    folder, state = begin(args, losses, device, shares)
+    folder, state = begin(args, losses, device, shares)  # from scratch, or from a checkpoint
     network = parallel(LossNetwork(state.model, losses), args)
     log = Log(args, losses, state, rank)
     say(f"{args.model} on {device}: steps {state.step} to {args.steps}")
@@ -219,7 +219,7 @@ def train(args: TrainSettings, *losses: Auxiliary):
                 network = parallel(LossNetwork(state.model, losses), args)
 
             draws = draw(step, args, folder, device)  # the whole batch, alike on every process
-            values = torch.zeros(1 + len(losses), device=device)
+            values = torch.zeros(1 + len(losses), device=device)  # the step's losses
             for w in range(rank, shares, world):  # this process's shares of it
                 batch = make_batch(folder, draws[w::shares])
                 if world > 1:  # DDP averages the gradients over processes with the last share
@@ -251,9 +251,8 @@ def train(args: TrainSettings, *losses: Auxiliary):
 def begin(args, losses, device, shares):
     """(LatentFolder, State). --out is locked before it is read; a new one is made last."""
     folder = LatentFolder(args.data)
-    if args.compile is None:
-        args.compile = device.type == "cuda"
-    args.stage = "+".join(loss.name for loss in losses)
+    args.compile = device.type == "cuda" if args.compile is None else args.compile
+    args.stage = "+".join(loss.name for loss in losses)  # what a continued run must repeat
     args.t_of_quarters = str(models.t_of(torch.tensor([0.25, 0.5, 0.75])))  # t's distribution
     if len({"diff", *(loss.name for loss in losses)}) <= len(losses):
         raise UserError(f"losses {args.stage}: each needs a name of its own")
@@ -269,10 +268,10 @@ def begin(args, losses, device, shares):
     start = saved["step"] if saved else 0
     running = [loss for loss in losses if loss.weight > 0 and start < min(loss.until, args.steps)]
     for loss in running:
-        loss.prepare(folder, device)
+        loss.prepare(folder, device)  # such as a teacher, of which it sets the identity
     ours = vars(args), start, folder.meta["identity"], [loss.identity for loss in losses]
     if len(set(common.gather(str(ours)))) > 1:
-        raise UserError("the processes have different settings, checkpoints, latents or teachers")
+        raise UserError("processes have different settings, checkpoints, latents or teachers")
     state = State(args, folder, device, losses, running, None if saved else init)
     state.lock = lock or common.lock(args.out)
     for loss in losses:
@@ -326,7 +325,7 @@ class State:
                 raise UserError(f"loss {loss.name}, depth {loss.depth}: use 1 to {model.depth}")
             loss.module = loss.projector(model).to(device)
             weights = list(loss.module.parameters())
-            loss.optimizer = adamw(weights, args) if weights else None
+            loss.optimizer = adamw(weights, args) if weights else None  # or AdamW fails
         model.to(device)
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         self.optimizer = adamw(list(model.parameters()), args)
@@ -367,9 +366,9 @@ class State:
             raise UserError(f"step {self.step} (or one since the last line) is not finite; {fix}")
 
     def parts(self) -> dict:
-        """What has a state dict, by its name in a checkpoint; None if it is no longer there."""
+        """What has a state dict, by its name in a checkpoint; None if its loss has ended."""
         parts = {"model": self.model, "ema": self.ema, "opt": self.optimizer}
-        for name, loss in self.losses.items():
+        for name, loss in self.losses.items():  # "projector", then "projector_NAME" of a second
             parts |= {f"projector{name}": loss.module, f"projector_opt{name}": loss.optimizer}
         return parts
 
@@ -419,7 +418,7 @@ def continued(path, args, folder) -> dict:
     before["data"] = args.data if same else "(other latents)"  # the content counts
     for key, old in sorted(before.items()):
         if old == getattr(args, key, None) or change.get(key) == "free":
-            continue
+            continue  # a setting that the code no longer has must have been None
         difference = f"{common.flag(key)} {old} -> {getattr(args, key, '(no such setting)')}"
         if change.get(key) == "printed" and old != 0:  # a weight of 0 taught nothing
             say(f"continued with {difference}")
@@ -439,7 +438,7 @@ class Log:
         self.args, self.state, self.rank = args, state, rank
         self.names = ["loss_diff", *(f"loss_{loss.name}" for loss in losses), "grad_norm"]
         self.path = Path(args.out) / "log.jsonl"
-        self.time, self.step = time.time(), state.step
+        self.time, self.step = time.time(), state.step  # of the last line
         if rank == 0 and self.path.exists():
             with common.atomic_write(self.path) as file:  # without what followed the checkpoint
                 for line in self.path.read_bytes().splitlines():
@@ -491,7 +490,7 @@ def heard_signals():
 
 # ---- Stage 1: L = L_diff + 0.5 L_align, where 0.4 <= t <= 0.7
 class Alignment(Auxiliary):
-    """P1 answers in latent space, from h_d1, what the whole network does, or the clean latent."""
+    """From h_d1, P1 answers in latent space what the whole network does, or the clean latent."""
 
     name = "align"
 

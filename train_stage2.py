@@ -44,7 +44,7 @@ class Guidance(Auxiliary):
         for what, (its, needed) in facts.items():
             if its not in (None, needed):  # None: it does not say
                 raise UserError(f"{args.teacher}: has {what} {its}, not {needed}; build another")
-        self.s = args.guide_scale or saved["scale"]
+        self.s = args.guide_scale or saved["scale"]  # of f_g = f_u + s (f_c - f_u)
         self.identity = fingerprint(self.s, *teacher.state_dict().values())
         self.teacher = teacher.to(device)
         self.teacher.compile(dynamic=False, disable=not args.compile)

@@ -55,7 +55,7 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # diffusers adds a dropout
 
     def forward(self, x):
         h = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # (N, 1 head, H W, C)
@@ -147,7 +147,7 @@ def load_vae(path) -> AutoencoderKL:
         saved = common.load_file(path)
         scale, state = float(saved["scale"]), saved["model"]  # a scale is never assumed
         convs = sorted(key for key in state if re.match(r"encoder\.down.*\.conv1\.weight", key))
-        channels = [len(state[key]) for key in convs if ".resnets.0." in key]
+        channels = [len(state[key]) for key in convs if ".resnets.0." in key]  # one a stage
         latent_channels = len(state["quant_conv.bias"]) // 2
         vae = AutoencoderKL(channels, latent_channels, len(convs) // len(channels), scale)
         vae.load_state_dict(state)
@@ -251,7 +251,7 @@ class Images(Dataset):
                 warn(f"{root}: each folder becomes a class: {', '.join(self.classes[:10])}")
         self.files, sizes = map(list, zip(*found, strict=True))  # no times: a copy has others
         self.names = [os.path.relpath(path, root) for path in self.files]
-        some = range(0, len(found), 1 + len(found) // 64)
+        some = range(0, len(found), 1 + len(found) // 64)  # at most 64, of the whole list
         readable = [Path(self.files[i]) for i in some if os.access(self.files[i], os.R_OK)]
         self.identity = fingerprint(self.names, sizes, [path.read_bytes() for path in readable])
         tried = [self[i][0] for i in some]
@@ -270,9 +270,8 @@ class Images(Dataset):
 
 
 class LatentFolder:
-    """.meta (dict), .labels (N,) int64, .moments (N, 2C, H, W) float16 map. meta.json needs
-    format, num_images, channels, height, width, scale and classes. It may lack vae (path and
-    identity); then whatever decodes needs --vae."""
+    """.meta (dict), .labels (N,) int64, .moments (N, 2C, H, W) float16 map. meta.json holds format,
+    num_images, channels, height, width, scale, classes; if no vae (path, identity), give --vae."""
 
     def __init__(self, path):
         self.path = path = Path(path)
@@ -347,13 +346,13 @@ def finish(images, vae, moments, done, meta, out):
         for label in set(images.labels) - {images.labels[i] for i in kept}:
             raise UserError(f"nothing is left of class {images.classes[label]}: {what}")
         warn(f"left out: {what}")
-        # A killed run repeats this: the rows that fill the holes stay where they were
+        # The last rows fill the holes, and stay where they are, too: a killed run may repeat it
         holes, last = unreadable[unreadable < len(kept)], kept[kept >= len(kept)]
         moments[holes] = moments[last]
         moments.flush()
         kept = np.arange(len(kept))
         kept[holes] = last  # row i is image kept[i]
-    some = moments[: len(kept) : 1 + len(kept) // 4096].astype(float)
+    some = moments[: len(kept) : 1 + len(kept) // 4096].astype(float)  # at most 4096 rows
     mean, std = np.split(some, 2, axis=1)
     meta["std"] = float(vae.scale * np.sqrt(mean.var() + (std**2).mean()))  # of x0
     meta |= {"format": FORMAT, "num_images": len(kept), "classes": images.classes}
@@ -375,7 +374,7 @@ def main():
         raise UserError("--images DIR and --vae FILE: are both needed; give them")
     device, rank, world = common.setup(args.device)
     vae = load_vae(args.vae)
-    side, rest = divmod(args.image_size, vae.factor)
+    side, rest = divmod(args.image_size, vae.factor)  # of the latents
     if rest or side < 2:
         raise UserError(f"--image-size {args.image_size}: must be {vae.factor} times 2, 3, ...")
     images = common.gather(rank or Images(args.images, args.image_size, args.white))[0]
