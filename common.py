@@ -20,21 +20,21 @@ import torch
 import torch.distributed as dist
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
-IS_FIRST = os.environ.get("RANK") == "0" or not all(name in os.environ for name in TORCHRUN)
+IS_FIRST = os.environ.get("RANK") == "0" or not {*TORCHRUN} <= os.environ.keys()
 
 # ---- Settings: a dataclass. Each field is a flag, and the comment behind it is its --help
 RULES = {"at_least": ge, "above": gt, "below": lt, "at_most": le}  # what holds a number
 
 
 def setting(default, **rules):
-    """A setting that is checked: by RULES, or `choices`. `positional`: it has no flag. `change`: a
-    continued run may change it ("free"), or may and prints so ("printed"); others never may."""
+    """A setting that is checked by RULES or `choices`; `positional`: without a flag. `change`: a
+    continued run may change it ("free"), or may and prints so ("printed"). Others never may."""
     return field(default=default, metadata=rules)
 
 
 def parse_settings(Settings: type, doc: str):
     """The command line as an object of the dataclass `Settings`; UserError for a bad value."""
-    source = "".join(map(inspect.getsource, reversed(Settings.__mro__[:-1])))
+    source = "".join(map(inspect.getsource, reversed(Settings.__mro__[:-1])))  # bases first
     comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", source, re.MULTILINE))
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -57,7 +57,7 @@ def parse_settings(Settings: type, doc: str):
         for rule, limit in {**whole, **f.metadata}.items():
             if rule in RULES and value is not None and not RULES[rule](value, limit):
                 broken = f"{rule.replace('_', ' ')} {limit}"
-        if isinstance(value, float) and not abs(value) < float("inf"):
+        if isinstance(value, float) and not np.isfinite(value):
             broken = "a finite number"
         if broken or (value == "" and f.default != ""):
             refuse(f"{flag(f.name)} {value}".rstrip() + f": must be {broken or 'a word'}")
@@ -86,13 +86,13 @@ def run(main):
     except KeyboardInterrupt:
         status = 130
     except Exception as error:
-        compiling = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
-        status = 2 if compiling or isinstance(error, (UserError, OSError)) else 1
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            error = UserError(f"torch.compile failed; use --no-compile ({error})"[:300])
+        status = 2 if isinstance(error, (UserError, OSError)) else 1
         if status == 2 and not IS_FIRST:
             time.sleep(3)  # the first process reports, then torchrun ends the others
-        what = f"torch.compile failed; use --no-compile ({error})"[:300] if compiling else error
         if status == 2:
-            say(f"{Path(sys.argv[0]).name}: error: {what}", sys.stderr, rank_0_alone=False)
+            say(f"{Path(sys.argv[0]).name}: error: {error}", sys.stderr, rank_0_alone=False)
         else:
             traceback.print_exc()
     if dist.is_initialized():
@@ -110,9 +110,8 @@ def say(text, stream=None, rank_0_alone=True):
         return
     coding = getattr(stream, "encoding", None) or "utf-8"
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    line = line.encode(coding, "backslashreplace").decode(coding)
     try:
-        print(line, file=stream, flush=True)
+        print(line.encode(coding, "backslashreplace").decode(coding), file=stream, flush=True)
     except OSError:  # a closed pipe or a full disk does not stop a run: print no more
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
@@ -123,7 +122,8 @@ def warn(text):
 
 @contextlib.contextmanager
 def reading(path, problem):
-    """Turn whatever goes wrong while a user's file is read into one line: "PATH: problem"."""
+    """Turn whatever goes wrong while a user's file is read into "PATH: problem (reason)"; so
+    `problem` has to say what the file is not, and what to do."""
     try:
         yield
     except UserError:
@@ -145,7 +145,7 @@ def load_file(path, format=None) -> dict:
     """torch.load of tensors and plain Python, never of code, after checksums; in `reading`. The
     tensors stay mapped to the file: copy what must outlive it."""
     zipped = zipfile.is_zipfile(path)
-    if zipped and (bad := zipfile.ZipFile(path).testzip()):
+    if zipped and (bad := zipfile.ZipFile(path).testzip()):  # torch checks no mapped file
         raise ValueError(f"the checksum of {bad} is wrong")
     saved = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=zipped))
     if format and saved.get("format") != format:
@@ -172,7 +172,7 @@ def atomic_write(path):
 
 
 def lock(folder):
-    """Make `folder`, and keep other runs out while the returned file of the first process lives."""
+    """Make `folder`, and keep other runs out while the first process's returned file lives."""
     if not IS_FIRST:
         return None
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -203,7 +203,7 @@ def setup(device="auto") -> tuple[torch.device, int, int]:
         if found:
             warn(f"{' '.join(found)}: the rest of {TORCHRUN} is not set; it runs alone")
         elif "SLURM_PROCID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
-            warn("Slurm's tasks do not know of each other; start them with torchrun (README.md)")
+            warn("Slurm's tasks do not know of each other; use torchrun (docs/jobs.md)")
         return torch.device(device), 0, 1
     with reading(" ".join(found), "the others are not found; unset these, or see docs/jobs.md"):
         if not dist.is_initialized():  # gloo carries CPU tensors, NCCL CUDA's
@@ -213,9 +213,10 @@ def setup(device="auto") -> tuple[torch.device, int, int]:
 
 def gather(item=None) -> list:
     """The `item` of every process, in a list by rank. Without an item: wait for all of them."""
-    items = [item] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if dist.is_initialized():
-        dist.all_gather_object(items, item)
+    if not dist.is_initialized():
+        return [item]
+    items = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
     return items
 
 

@@ -16,8 +16,8 @@ from common import UserError, load_file, reading, warn
 
 FORMAT = 2  # of checkpoints and of teacher.pt
 
-# Depth, width D, heads (DiT, table 1). Then blocks, counted from 1: d1, which stage 1 aligns; dt,
-# which teaches; ds, which learns in stage 2. B's and XL's d1 are the authors', the others ours.
+# Depth, width D, heads: DiT's table 1. Then blocks, counted from 1: d1, which stage 1 aligns;
+# dt, which teaches; ds, which learns in stage 2. The authors give d1 of B and XL; others are ours.
 Size = namedtuple("Size", "depth width heads align_depth teacher_depth student_depth")
 SIZES = {  # depth, width, heads, d1, dt, ds
     "P": Size(4, 48, 2, 1, 3, 2),  # P, N: small teachers
@@ -38,7 +38,7 @@ def parse_name(name: str) -> tuple[Size, int]:
     """The Size and the patch side that a name such as "SiT-B/2" stands for."""
     size, _, patch = name.removeprefix("SiT-").partition("/")
     if size not in SIZES or patch not in ("1", "2", "4", "8"):
-        raise UserError(f"--model {name}: must be like SiT-XL/2, of {[*SIZES]} and 1, 2, 4 or 8")
+        raise UserError(f"--model {name}: must be like SiT-XL/2, of {[*SIZES]} and 1, 2, 4, 8")
     return SIZES[size], int(patch)
 
 
@@ -75,7 +75,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         N, T, D = x.shape
-        qkv = self.qkv(x).view(N, T, 3, self.heads, D // self.heads)
+        qkv = self.qkv(x).view(N, T, 3, self.heads, -1)  # q, k and v of each head
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, D / heads)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast: in float32
         out = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(D / heads)) v
@@ -117,14 +117,14 @@ class FinalLayer(nn.Module):
 def unpatchify(patches, patch, channels):
     """Patches (N, T, p*p*C) -> (N, C, H, W), for a square grid of T patches, row by row."""
     side = math.isqrt(patches.shape[1])
-    x = patches.view(-1, side, side, patch, patch, channels)
+    x = patches.view(-1, side, side, patch, patch, channels)  # (N, row, column, p, p, C)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, side * patch, side * patch)
 
 
 def sincos_2d(width, side):
     """Fixed position table (1, side*side, D): half of D for the column, half for the row."""
     omega = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega  # (side, D / 4)
     table = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D / 2)
     columns, rows = table.expand(side, side, -1), table[:, None].expand(side, side, -1)
     return torch.cat([columns, rows], dim=2).reshape(1, side * side, width).float()
@@ -141,12 +141,13 @@ class SiT(nn.Module):
 
     def __init__(self, size: Size, patch, input_size, in_channels, num_classes, qk_norm):
         super().__init__()
-        depth, width, heads = size.depth, size.width, size.heads
-        self.depth, self.width, self.patch = depth, width, patch
-        self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
+        depth, width, heads = size[:3]
+        self.depth, self.width, self.patch, self.in_channels = depth, width, patch, in_channels
+        self.input_size, self.num_classes = input_size, num_classes
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(in_channels, width, patch, patch)})
         self.t_embedder = TimestepEmbedder(width)
-        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, width)})
+        labels = nn.Embedding(num_classes + 1, width)  # the last row is the null label's
+        self.y_embedder = nn.ModuleDict({"embedding_table": labels})
         self.register_buffer("pos_embed", sincos_2d(width, input_size // patch))
         self.blocks = nn.ModuleList(SiTBlock(width, heads, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch, in_channels)
@@ -205,7 +206,7 @@ def build_for(args: dict, meta: dict) -> SiT:
     size, patch = parse_name(args["model"])
     side, channels, classes = meta["height"], meta["channels"], len(meta["classes"])
     if side % patch:
-        raise UserError(f"--model {args['model']}: patches of {patch} do not tile {side} x {side}")
+        raise UserError(f"--model {args['model']}: its patches must tile {side} x {side}")
     return SiT(size, patch, side, channels, classes, args["qk_norm"])
 
 
@@ -239,9 +240,9 @@ def load_checkpoint(path, weights="ema", null_label_for="") -> tuple[SiT, dict]:
     if Path(path).is_dir():
         path = next(iter(checkpoints(path)), Path(path) / "ckpt-*.pt")
     saved = read_checkpoint(path)
-    alone = "model" if "model" in saved else "ema"
+    args, alone = saved["args"], "model" if "model" in saved else "ema"
     with reading(path, f"holds no {weights} network; try --weights model or ema"):
-        args, model = saved["args"], build_for(saved["args"], saved["meta"])
+        model = build_for(args, saved["meta"])
         initial = 0.0 if args["ema_ramp"] else args["ema"] ** saved["step"]
         if weights in ("raw", "best"):
             weights = "ema" if weights == "best" and "ema" in saved and initial < 0.1 else alone

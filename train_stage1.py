@@ -1,11 +1,11 @@
-"""Stage 1, and THE training loop, which stage 2 and every other method run on, too. In this order:
-settings, draws, losses, loop, state, log; last, stage 1 itself (arXiv 2601.07773).
+"""Stage 1 (arXiv 2601.07773), and THE training loop: stage 2 and every other method run on it.
+In this order: settings, draws, losses, loop, state, log; last, stage 1 itself.
 
     torchrun --nproc_per_node=8 train_stage1.py                 # SiT-XL/2, the paper's settings
 
 Training is a function of the step: (seed, epoch) decides the order of the images, (seed, k) all
 that is random in step k, for the whole batch, of which each process takes its rows. So the same
-command continues a killed run: bit for bit on a CPU with up to two processes, to rounding on more.
+command continues a killed run: on a CPU bit for bit, with more than two processes to rounding.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ import json
 import math
 import os
 import signal
-import sys
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -29,7 +28,6 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import common
 import models
 from common import UserError, fingerprint, say, setting, warn
-from models import unpatchify, xavier_linear
 from vae_latents import LatentFolder
 
 
@@ -69,7 +67,7 @@ def order_of_epoch(num_images, seed, epoch) -> np.ndarray:
 
 @dataclass
 class Batch:
-    """All that a step knows of n images; make_batch adds y and the rest. [rows] cuts all alike."""
+    """What a step knows of n images; make_batch adds y and the rest. [rows] cuts all alike."""
 
     indices: torch.Tensor  # (n,) int64, which images of the latent folder they are
     t: torch.Tensor  # (n,), 0 = data, 1 = noise
@@ -88,8 +86,8 @@ class Batch:
 
 
 def draw(step, args, folder, device) -> Batch:
-    """The draws of the whole batch, the same on every process. q is stratified: each image gets
-    a uniform q, together they cover [0, 1], and a range of t = t_of(q) is a slice of the batch."""
+    """The draws of the whole batch, alike on every process. q is stratified: each image gets a
+    uniform q, together they cover [0, 1], and a range of t = t_of(q) is a slice of the batch."""
     B, N = args.batch_size, len(folder)
     # A generator for this step alone; the odd factor keeps the seeds of two runs apart
     generator = torch.Generator(device).manual_seed((args.seed * 0x9E3779B1 + step) % 2**32)
@@ -116,7 +114,7 @@ def make_batch(folder, draws) -> Batch:
     """SiT's linear interpolant (arXiv 2401.08740, section 2) of latents and a step's draws."""
     device, null_label = draws.t.device, len(folder.meta["classes"])
     moments, y = (x.to(device, non_blocking=True) for x in folder.read(draws.indices))
-    mean, std = moments.float().chunk(2, dim=1)
+    mean, std = moments.float().chunk(2, dim=1)  # each (n, C, H, W)
     x0 = folder.meta["scale"] * (mean + std * draws.posterior)  # a sample of the posterior
     y_input = torch.where(draws.drop, null_label, y)
     noise_level = draws.t.view(-1, 1, 1, 1)
@@ -136,25 +134,25 @@ class Projector(nn.Module):
             layers += [nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)]
             layers += [nn.Linear(width, to_latent[0] ** 2 * to_latent[1])]
         self.mlp, self.to_latent = nn.Sequential(*layers), to_latent
-        self.apply(xavier_linear)
+        self.apply(models.xavier_linear)
 
     def forward(self, tokens):
         if self.to_latent is None:
             return self.mlp(tokens)
-        return unpatchify(self.mlp(tokens), self.to_latent[0], self.to_latent[1])
+        return models.unpatchify(self.mlp(tokens), self.to_latent[0], self.to_latent[1])
 
 
 class Auxiliary:
     """An auxiliary loss on the tokens of one block; for one of your own, write a subclass with
     `target`. L = L_diff + weight L_aux of each loss in its first `until` steps. L_aux: mean over
-    the WHOLE batch of distance(projector(h_depth), target), zero outside t_min <= t <= t_max."""
+    the WHOLE batch of distance(projector(h_depth), target), 0 outside t_min <= t <= t_max."""
 
     name = "aux"  # in the log and the checkpoint; a run with other names is not continued
     identity = None  # what must stay the same in a continued run, such as a teacher's hash
     teacher = None  # a network that is dropped when the loss ends
-    module = optimizer = rows = ema = None  # set by the loop: projector, its optimizer, slice, EMA
+    module = optimizer = rows = ema = None  # set by the loop: projector, its AdamW, slice, EMA
 
-    def __init__(self, args: TrainSettings, depth: int, weight=0.5, until=sys.maxsize):
+    def __init__(self, args: TrainSettings, depth: int, weight=0.5, until=math.inf):
         self.args, self.depth, self.weight, self.until = args, depth, weight, until
         self.t_min, self.t_max = args.t_min, args.t_max
         if self.t_min >= self.t_max:
@@ -185,12 +183,12 @@ class LossNetwork(nn.Module):
 
     def forward(self, x_t, t, y_input, velocity, targets):
         """[L_diff, L_aux of each loss], means over n images; a target of None: it has ended."""
-        taps = [loss.depth for loss in self.losses if loss.module]
+        taps = [loss.depth for loss in self.losses if loss.module]  # None: ended, or weight 0
         prediction, tokens = self.model(x_t, t, y_input, taps=taps)
-        loss_diff = (prediction.float() - velocity).square().flatten(1).mean(dim=1).mean()
-        values = [loss_diff] + [torch.zeros_like(loss_diff) for _ in targets]
-        for i, (loss, target) in enumerate(zip(self.losses, targets, strict=True), 1):
+        values = [(prediction.float() - velocity).square().flatten(1).mean(dim=1).mean()]
+        for loss, target in zip(self.losses, targets, strict=True):
             if target is None:
+                values.append(torch.zeros_like(values[0]))
                 continue
             times = t[loss.rows]
             answer = loss.module(tokens[loss.depth][loss.rows]).float()
@@ -199,15 +197,15 @@ class LossNetwork(nn.Module):
                 shapes = [*answer.shape], [*target.shape], [*distance.shape]
                 raise UserError(f"loss {loss.name}: answer, target, distance do not fit: {shapes}")
             mask = ((times >= loss.t_min) & (times <= loss.t_max)).float()
-            values[i] = (distance * mask).sum() / len(x_t)  # over all n: zero outside the range
+            values.append((distance * mask).sum() / len(x_t))  # over all n, not those in range
         return values
 
 
 def train(args: TrainSettings, *losses: Auxiliary):
-    """Train args.model on args.data into args.out, with each of `losses` whose weight is not 0."""
+    """Train args.model on args.data into args.out, with all `losses` whose weight is not 0."""
     device, rank, world = common.setup(args.device)
     shares = world * args.accum  # into which every batch is cut
-    folder, state = begin(args, losses, device, shares)
+    folder, state = begin(args, losses, device, shares)  # from scratch, or from a checkpoint
     network = parallel(LossNetwork(state.model, losses), args)
     log = Log(args, losses, state, rank)
     say(f"{args.model} on {device}: steps {state.step} to {args.steps}")
@@ -220,8 +218,8 @@ def train(args: TrainSettings, *losses: Auxiliary):
                     loss.teacher = loss.module = loss.optimizer = None
                 network = parallel(LossNetwork(state.model, losses), args)
 
-            draws = draw(step, args, folder, device)  # the whole batch, the same on every process
-            values = torch.zeros(1 + len(losses), device=device)
+            draws = draw(step, args, folder, device)  # the whole batch, alike on every process
+            values = torch.zeros(1 + len(losses), device=device)  # the step's losses
             for w in range(rank, shares, world):  # this process's shares of it
                 batch = make_batch(folder, draws[w::shares])
                 if world > 1:  # DDP averages the gradients over processes with the last share
@@ -229,8 +227,8 @@ def train(args: TrainSettings, *losses: Auxiliary):
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                     targets = [loss.module and loss.target(batch[loss.rows]) for loss in losses]
                     diff, *aux = network(batch.x_t, batch.t, batch.y_input, batch.velocity, targets)
-                weighted = [loss.weight * value for loss, value in zip(losses, aux, strict=True)]
-                ((diff + sum(weighted)) / args.accum).backward()
+                added = sum(loss.weight * value for loss, value in zip(losses, aux, strict=True))
+                ((diff + added) / args.accum).backward()
                 values += torch.stack([diff, *aux]).detach() / args.accum
             if world > 1:
                 dist.all_reduce(values)  # for the log
@@ -246,7 +244,7 @@ def train(args: TrainSettings, *losses: Auxiliary):
                 state.save(args, folder, rank, "ckpt")
             if stopping and state.step < args.steps:
                 say(f"stopped by a signal after step {state.step}, which is saved; run it again")
-                sys.exit(143)  # not 0: what needs the finished run must not follow
+                raise SystemExit(143)  # not 0: what needs the finished run must not follow
     say(f"{args.out}: done at step {args.steps}")
 
 
@@ -254,8 +252,8 @@ def begin(args, losses, device, shares):
     """(LatentFolder, State). --out is locked before it is read; a new one is made last."""
     folder = LatentFolder(args.data)
     args.compile = device.type == "cuda" if args.compile is None else args.compile
-    args.stage = "+".join(loss.name for loss in losses)
-    args.t_of_quarters = str(models.t_of(torch.tensor([0.25, 0.5, 0.75])))  # how t is distributed
+    args.stage = "+".join(loss.name for loss in losses)  # what a continued run must repeat
+    args.t_of_quarters = str(models.t_of(torch.tensor([0.25, 0.5, 0.75])))  # t's distribution
     if len({"diff", *(loss.name for loss in losses)}) <= len(losses):
         raise UserError(f"losses {args.stage}: each needs a name of its own")
     if len(folder.meta["classes"]) == 1:
@@ -270,10 +268,10 @@ def begin(args, losses, device, shares):
     start = saved["step"] if saved else 0
     running = [loss for loss in losses if loss.weight > 0 and start < min(loss.until, args.steps)]
     for loss in running:
-        loss.prepare(folder, device)
+        loss.prepare(folder, device)  # such as a teacher, of which it sets the identity
     ours = vars(args), start, folder.meta["identity"], [loss.identity for loss in losses]
     if len(set(common.gather(str(ours)))) > 1:
-        raise UserError("the processes have different settings, checkpoints, latents or teachers")
+        raise UserError("processes have different settings, checkpoints, latents or teachers")
     state = State(args, folder, device, losses, running, None if saved else init)
     state.lock = lock or common.lock(args.out)
     for loss in losses:
@@ -327,11 +325,11 @@ class State:
                 raise UserError(f"loss {loss.name}, depth {loss.depth}: use 1 to {model.depth}")
             loss.module = loss.projector(model).to(device)
             weights = list(loss.module.parameters())
-            loss.optimizer = adamw(weights, args) if weights else None
+            loss.optimizer = adamw(weights, args) if weights else None  # or AdamW fails
         model.to(device)
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         self.optimizer = adamw(list(model.parameters()), args)
-        # By what their parts are called in a checkpoint: with one loss "projector", without a name
+        # By how their parts' names in a checkpoint end. The first one's end in nothing
         self.losses = {f"_{loss.name}" if i else "": loss for i, loss in enumerate(losses)}
         self.step, self.lock = 0, None  # steps done so far; what keeps other runs out
         # Sums since the last line: L_diff, each L_aux, gradient norm, number of steps
@@ -360,7 +358,7 @@ class State:
         path = Path(args.out, ".lock")
         if self.lock and not (path.exists() and os.path.samefile(path, self.lock.fileno())):
             now = os.path.realpath(f"/proc/self/fd/{self.lock.fileno()}")  # where it has gone
-            raise UserError(f"{args.out}: was moved; its checkpoints are beside {now}, go on there")
+            raise UserError(f"{args.out}: was moved; go on beside {now}, with its checkpoints")
         tensors = [self.sums, *self.model.parameters(), *self.ema.parameters()]
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
             newest = next(iter(models.checkpoints(args.out)), "the beginning")
@@ -368,9 +366,9 @@ class State:
             raise UserError(f"step {self.step} (or one since the last line) is not finite; {fix}")
 
     def parts(self) -> dict:
-        """What has a state dict, by its name in a checkpoint; None if it is no longer there."""
+        """What has a state dict, by its name in a checkpoint; None if its loss has ended."""
         parts = {"model": self.model, "ema": self.ema, "opt": self.optimizer}
-        for name, loss in self.losses.items():
+        for name, loss in self.losses.items():  # "projector", then "projector_NAME" of a second
             parts |= {f"projector{name}": loss.module, f"projector_opt{name}": loss.optimizer}
         return parts
 
@@ -380,9 +378,9 @@ class State:
         self.check(args)
         parts = self.parts() if kind == "ckpt" else {"ema": self.ema}
         content = {name: part and part.state_dict() for name, part in parts.items()}
-        content.update({f"identity{name}": loss.identity for name, loss in self.losses.items()})
-        content.update(format=models.FORMAT, step=self.step, sums=self.sums.tolist())
-        content.update(args=vars(args), meta=folder.meta)
+        content |= {f"identity{name}": loss.identity for name, loss in self.losses.items()}
+        content |= {"format": models.FORMAT, "step": self.step, "sums": self.sums.tolist()}
+        content |= {"args": vars(args), "meta": folder.meta}
         path = Path(args.out) / f"{kind}-{self.step:07d}.pt"
         failure = None
         try:
@@ -412,17 +410,17 @@ class State:
 def continued(path, args, folder) -> dict:
     """The checkpoint at `path`; UserError if it was trained with other settings or latents."""
     saved = models.read_checkpoint(path)
-    step, now, wrong = saved["step"], vars(args), []
-    change = {field.name: field.metadata.get("change") for field in fields(args)}
+    step, wrong = saved["step"], []
+    change = {f.name: f.metadata.get("change") for f in fields(args)}
     older = {"t_of_quarters": "tensor([0.2500, 0.5000, 0.7500])"}  # what older versions lack
-    before = {field.name: field.default for field in fields(args)} | older | saved["args"]
+    before = {f.name: f.default for f in fields(args)} | older | saved["args"]
     same = saved["meta"]["identity"] == folder.meta["identity"]
     before["data"] = args.data if same else "(other latents)"  # the content counts
-    for key in sorted(before):
-        difference = f"{common.flag(key)} {before[key]} -> {now.get(key, '(no such setting)')}"
-        if before[key] == now.get(key) or change.get(key) == "free":
-            continue
-        if change.get(key) == "printed" and before[key] != 0:  # a weight of 0 taught nothing
+    for key, old in sorted(before.items()):
+        if old == getattr(args, key, None) or change.get(key) == "free":
+            continue  # a setting that the code no longer has must have been None
+        difference = f"{common.flag(key)} {old} -> {getattr(args, key, '(no such setting)')}"
+        if change.get(key) == "printed" and old != 0:  # a weight of 0 taught nothing
             say(f"continued with {difference}")
         else:
             wrong.append(difference)
@@ -440,7 +438,7 @@ class Log:
         self.args, self.state, self.rank = args, state, rank
         self.names = ["loss_diff", *(f"loss_{loss.name}" for loss in losses), "grad_norm"]
         self.path = Path(args.out) / "log.jsonl"
-        self.time, self.step = time.time(), state.step
+        self.time, self.step = time.time(), state.step  # of the last line
         if rank == 0 and self.path.exists():
             with common.atomic_write(self.path) as file:  # without what followed the checkpoint
                 for line in self.path.read_bytes().splitlines():
@@ -480,7 +478,7 @@ def heard_signals():
             signal.signal(number, before[number])
             os.kill(os.getpid(), number)
 
-    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1  # Slurm's
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1  # the last: Slurm's
     numbers = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # as nohup does
     before = {number: signal.signal(number, hear) for number in numbers}
     try:
@@ -492,7 +490,7 @@ def heard_signals():
 
 # ---- Stage 1: L = L_diff + 0.5 L_align, where 0.4 <= t <= 0.7
 class Alignment(Auxiliary):
-    """P1 answers in latent space, from h_d1, what the whole network does, or the clean latent."""
+    """From h_d1, P1 answers in latent space what the whole network does, or the clean latent."""
 
     name = "align"
 

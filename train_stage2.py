@@ -32,9 +32,8 @@ class Guidance(Auxiliary):
     name = "guide"
 
     def prepare(self, folder, device):
-        args, ours = self.args, folder.meta
-        teacher, saved = load_teacher(args.teacher)
-        theirs = saved["meta"]
+        teacher, saved = load_teacher(self.args.teacher)
+        args, ours, theirs = self.args, folder.meta, saved["meta"]
         if theirs["identity"] is None:  # converted from another project's checkpoint
             warn(f"{args.teacher}: does not say which latents it has seen")
         models.check_classes(args.teacher, theirs["classes"], ours["classes"])
@@ -45,7 +44,7 @@ class Guidance(Auxiliary):
         for what, (its, needed) in facts.items():
             if its not in (None, needed):  # None: it does not say
                 raise UserError(f"{args.teacher}: has {what} {its}, not {needed}; build another")
-        self.s = saved["scale"] if args.guide_scale is None else args.guide_scale
+        self.s = args.guide_scale or saved["scale"]  # of f_g = f_u + s (f_c - f_u)
         self.identity = fingerprint(self.s, *teacher.state_dict().values())
         self.teacher = teacher.to(device)
         self.teacher.compile(dynamic=False, disable=not args.compile)

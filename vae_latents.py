@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import re
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from common import UserError, chunks_to_do, fingerprint, progress, say, setting,
 
 FORMAT = 1  # of the latent folder
 DONE, UNREADABLE = 1, 2  # what has become of an image; 0 is to do
-ENDINGS = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+ENDINGS = tuple(end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 TABLES = (".json", ".jsonl", ".cls", ".csv", ".tsv", ".parquet")  # may hold labels
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # or Pillow refuses PNGs with a large colour profile
 
@@ -56,7 +55,7 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # diffusers adds a dropout
 
     def forward(self, x):
         h = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # (N, 1 head, H W, C)
@@ -65,24 +64,23 @@ class AttentionBlock(nn.Module):
 
 
 class Coder(nn.Module):
-    """The encoder ("down") or decoder ("up"); `channels` of its stages in the order they run."""
+    """The encoder ("down") or decoder ("up"); `channels` of its stages, in the order they run.
+    A reader may skip it: it follows diffusers' modules, and the tests find it equal to them."""
 
     def __init__(self, in_channels, out_channels, channels, layers, groups, direction):
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
-        stages, before = nn.ModuleList(), channels[0]
+        stages = nn.ModuleList()
         for i, width in enumerate(channels):
-            resnets = nn.ModuleList()
-            for _ in range(layers):
-                resnets.append(ResnetBlock(before, width, groups))
-                before = width
+            inputs = [channels[max(0, i - 1)]] + (layers - 1) * [width]  # the blocks' channels
+            resnets = nn.ModuleList(ResnetBlock(n, width, groups) for n in inputs)
             stage = nn.ModuleDict({"resnets": resnets})
             if i < len(channels) - 1:
                 resize, stride = nn.Upsample(scale_factor=2), {"padding": 1}
-                if direction == "down":  # padded right and below alone, as published weights expect
+                if direction == "down":  # padded right and below alone, as in published weights
                     resize, stride = nn.ZeroPad2d((0, 1, 0, 1)), {"stride": 2}
-                conv = nn.Conv2d(width, width, 3, **stride)
-                sampler = nn.Sequential(OrderedDict(resize=resize, conv=conv))
+                sampler = nn.Sequential(resize)
+                sampler.add_module("conv", nn.Conv2d(width, width, 3, **stride))
                 stage[f"{direction}samplers"] = nn.ModuleList([sampler])
             stages.append(stage)
         self.add_module(f"{direction}_blocks", stages)
@@ -149,11 +147,11 @@ def load_vae(path) -> AutoencoderKL:
         saved = common.load_file(path)
         scale, state = float(saved["scale"]), saved["model"]  # a scale is never assumed
         convs = sorted(key for key in state if re.match(r"encoder\.down.*\.conv1\.weight", key))
-        channels = [len(state[key]) for key in convs if ".resnets.0." in key]
+        channels = [len(state[key]) for key in convs if ".resnets.0." in key]  # one a stage
         latent_channels = len(state["quant_conv.bias"]) // 2
         vae = AutoencoderKL(channels, latent_channels, len(convs) // len(channels), scale)
         vae.load_state_dict(state)
-        if not 0 < scale < float("inf"):
+        if not 0 < scale < np.inf:
             raise ValueError(f"its scale is {scale}")
     return vae.eval()
 
@@ -167,10 +165,11 @@ def find_vae(given, meta) -> AutoencoderKL:
     vae = load_vae(path)
     fits = (vae.latent_channels, vae.scale) == (meta["channels"], meta["scale"])
     same = meta["vae"].get("identity") in (None, vae.identity())
+    problem = f"{path}: is not the VAE that made the latents"
     if not fits or not (same or given):
-        raise UserError(f"{path}: is not the VAE that made the latents; give that one as --vae")
+        raise UserError(f"{problem}; give that one as --vae")
     if not same:  # the user insists on it
-        warn(f"{path}: is not the VAE that made the latents")
+        warn(problem)
     return vae
 
 
@@ -180,7 +179,7 @@ def open_image(path, size=None, white=65535) -> np.ndarray:
     with Image.open(path) as image:
         has_16_bits = ";16" in f"{image.mode} {image.tile}"
         image.load()
-        with contextlib.suppress(Exception):  # damaged metadata is no reason to lose the picture
+        with contextlib.suppress(Exception):  # damaged metadata do not cost the picture
             ImageOps.exif_transpose(image, in_place=True)  # it turns before it writes metadata
         if image.mode in ("I", "F"):  # which of their numbers is white?
             raise ValueError("its pixels have 32 bits; save it with 8 or 16")
@@ -206,7 +205,7 @@ def image_files(folder, seen: set, left_out: list) -> list[tuple[str, int]]:
     """(Path, bytes) of each image file, by folder and name; `left_out` gets all other paths."""
     files = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        is_image = entry.is_file() and os.path.splitext(entry.name)[1].lower() in ENDINGS
+        is_image = entry.is_file() and entry.name.lower().endswith(ENDINGS)
         stat = entry.stat() if is_image or entry.is_dir() else None
         inode = stat and (stat.st_dev, stat.st_ino)
         if stat is None or inode in seen or entry.name.startswith("."):
@@ -218,8 +217,8 @@ def image_files(folder, seen: set, left_out: list) -> list[tuple[str, int]]:
 
 
 class Images(Dataset):
-    """The images of DIR/<class>/**, or those that DIR/dataset.json lists (EDM, Karras et al. 2022).
-    Item i: (pixels (size, size, 3) uint8, ""), or (None, what is wrong)."""
+    """The images of DIR/<class>/**, or those that EDM's DIR/dataset.json lists (Karras et al.
+    2022). Item i: (pixels (size, size, 3) uint8, ""), or (None, what is wrong)."""
 
     def __init__(self, root, size, white=65535):
         self.size, self.white, left_out, seen = size, white, [], set()
@@ -232,30 +231,31 @@ class Images(Dataset):
                 pairs = sorted(json.loads(Path(edm).read_text())["labels"])
                 found = [(path := f"{root}/{name}", os.stat(path).st_size) for name, _ in pairs]
                 self.labels = [range(10**6)[label] for _, label in pairs]  # whole numbers
-                self.classes = [str(label) for label in range(1 + max(self.labels))]
+                self.classes = [*map(str, range(1 + max(self.labels)))]
         else:
-            below = [image_files(entry, seen, left_out) for entry in progress("listed", folders)]
-            found = [entry for entries in below for entry in entries]
+            below = [image_files(path, seen, left_out) for path in progress("listed", folders)]
+            found = [each for files in below for each in files]
             self.labels = [label for label, files in enumerate(below) for _ in files]
             self.classes = [entry.name for entry in folders]
-            near = [path for path in left_out if os.path.splitext(path)[1] in (".txt", *TABLES)]
-            tables = [path for path in beside if os.path.splitext(path)[1] in TABLES]
+            near = [path for path in left_out if path.endswith((".txt", *TABLES))]
+            tables = [path for path in beside if path.endswith(TABLES)]
             shards = all(re.fullmatch(r"([a-z]+[-_]?)?\d{3,6}|\d+", name) for name in self.classes)
             if (tables and shards) or 2 * len(near) > len(self.labels) > 0:
                 what = f"has folders like shards and {[*tables, *near][0]} like labels"
-                raise UserError(f"{root}: {what}; write EDM's dataset.json, or move that file away")
+                raise UserError(f"{root}: {what}; write EDM's dataset.json, or move that away")
             empty = [name for name, files in zip(self.classes, below, strict=True) if not files]
             if empty or not below:
                 raise UserError(f"{root}: needs a folder for each class; empty: {empty}")
             splits = "train training val valid validation test testing images __macosx".split()
             if len(below) == 1 or {name.lower() for name in self.classes} & {*splits}:
-                warn(f"{root}: each folder in it becomes a class: {', '.join(self.classes[:10])}")
+                warn(f"{root}: each folder becomes a class: {', '.join(self.classes[:10])}")
         self.files, sizes = map(list, zip(*found, strict=True))  # no times: a copy has others
         self.names = [os.path.relpath(path, root) for path in self.files]
-        some = range(0, len(found), 1 + len(found) // 64)
+        some = range(0, len(found), 1 + len(found) // 64)  # at most 64, of the whole list
         readable = [Path(self.files[i]) for i in some if os.access(self.files[i], os.R_OK)]
         self.identity = fingerprint(self.names, sizes, [path.read_bytes() for path in readable])
-        most = max((int(x.max()) for x, _ in [self[i] for i in some] if x is not None), default=255)
+        tried = [self[i][0] for i in some]
+        most = max((int(pixels.max()) for pixels in tried if pixels is not None), default=255)
         if most <= 64:  # a quarter of white
             warn(f"{root}: no pixel is above {most * white // 255} of {white}; give --white NUMBER")
         names = f"{len(self.classes)} classes ({', '.join(self.classes[:10])})"
@@ -270,8 +270,8 @@ class Images(Dataset):
 
 
 class LatentFolder:
-    """.meta (dict), .labels (N,) int64, .moments (N, 2C, H, W) float16 map. meta.json needs format,
-    num_images, channels, height, width, scale, classes; without vae (path, identity) give --vae."""
+    """.meta (dict), .labels (N,) int64, .moments (N, 2C, H, W) float16 map. meta.json holds format,
+    num_images, channels, height, width, scale, classes; if no vae (path, identity), give --vae."""
 
     def __init__(self, path):
         self.path = path = Path(path)
@@ -281,19 +281,19 @@ class LatentFolder:
             self.meta = meta = json.loads((path / "meta.json").read_text())
             labels = np.load(path / "labels.npy").astype(np.int64, casting="safe")
             self.labels, N = torch.from_numpy(labels), meta["num_images"]
-            self.moments = np.load(path / "moments.npy", mmap_mode="c")[:N]  # "c": a private map
+            self.moments = np.load(path / "moments.npy", mmap_mode="c")[:N]  # a private map
             C, H, W = self.shape = meta["channels"], meta["height"], meta["width"]
             found = self.moments.dtype, self.moments.shape, labels.shape
             if found != (np.float16, (N, 2 * C, H, W), (N,)) or H != W:
                 raise ValueError(f"moments.npy and labels.npy are {found}, of {H} x {W}")
-            inside = ((labels >= 0) & (labels < len(meta["classes"]))).all()
-            scale, kind = meta["scale"], meta["format"]
-            if kind != FORMAT or not inside or not 0 < scale < float("inf"):
+            classes, scale, kind = meta["classes"], meta["scale"], meta["format"]
+            inside = 0 <= labels.min() and labels.max() < len(classes)
+            if kind != FORMAT or not inside or not 0 < scale < np.inf:
                 raise ValueError(f"labels {labels.min()} to {labels.max()}, {scale}, format {kind}")
             some = self.moments[np.linspace(0, N - 1, min(N, 64)).astype(int)]
-            meta["identity"] = fingerprint(self.labels, meta["classes"], meta["scale"], some)
+            meta["identity"] = fingerprint(self.labels, classes, scale, some)
             meta.setdefault("vae", {"path": None, "identity": None})
-            meta["counts"] = np.bincount(labels, minlength=len(meta["classes"])).tolist()
+            meta["counts"] = np.bincount(labels, minlength=len(classes)).tolist()
 
     def __len__(self):
         return len(self.labels)
@@ -346,17 +346,18 @@ def finish(images, vae, moments, done, meta, out):
         for label in set(images.labels) - {images.labels[i] for i in kept}:
             raise UserError(f"nothing is left of class {images.classes[label]}: {what}")
         warn(f"left out: {what}")
-        # A killed run repeats this: the rows that fill the holes stay where they were
+        # The last rows fill the holes, and stay where they are, too: a killed run may repeat it
         holes, last = unreadable[unreadable < len(kept)], kept[kept >= len(kept)]
         moments[holes] = moments[last]
         moments.flush()
         kept = np.arange(len(kept))
         kept[holes] = last  # row i is image kept[i]
-    some = moments[: len(kept) : 1 + len(kept) // 4096].astype(float)
+    some = moments[: len(kept) : 1 + len(kept) // 4096].astype(float)  # at most 4096 rows
     mean, std = np.split(some, 2, axis=1)
     meta["std"] = float(vae.scale * np.sqrt(mean.var() + (std**2).mean()))  # of x0
     meta |= {"format": FORMAT, "num_images": len(kept), "classes": images.classes}
-    meta |= zip(("scale", "channels", "height", "width"), (vae.scale, *mean.shape[1:]), strict=True)
+    meta["scale"] = vae.scale
+    meta["channels"], meta["height"], meta["width"] = mean.shape[1:]
     with common.atomic_write(out / "labels.npy") as file:
         np.save(file, np.array(images.labels, dtype=np.int64)[kept])
     for name, content in (("files", [images.names[i] for i in kept]), ("meta", meta)):
@@ -373,7 +374,8 @@ def main():
         raise UserError("--images DIR and --vae FILE: are both needed; give them")
     device, rank, world = common.setup(args.device)
     vae = load_vae(args.vae)
-    if args.image_size % vae.factor or args.image_size < 2 * vae.factor:
+    side, rest = divmod(args.image_size, vae.factor)  # of the latents
+    if rest or side < 2:
         raise UserError(f"--image-size {args.image_size}: must be {vae.factor} times 2, 3, ...")
     images = common.gather(rank or Images(args.images, args.image_size, args.white))[0]
     out = Path(args.out)
@@ -388,7 +390,7 @@ def main():
         raise UserError(f"{out}: holds a part of other latents; remove it, or choose another --out")
     common.gather()  # all have looked before the first one writes
     done = shared_array(part, (len(images.files),), np.uint8, rank)
-    shape = (len(images.files), 2 * vae.latent_channels, *2 * [args.image_size // vae.factor])
+    shape = (len(images.files), 2 * vae.latent_channels, side, side)
     moments = shared_array(out / "moments.npy", shape, np.float16, rank)
     vae = vae.to(device, memory_format=torch.channels_last)
     encode(images, vae, device, moments, done, args.batch_size, rank, world)
